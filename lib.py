@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 CLASSES = ("Background", "Soil", "Bedrock", "Sand", "Big Rock")
 NUM_CLASSES = len(CLASSES)
-PALETTE = np.array([[32, 32, 36], [166, 97, 26], [90, 140, 190], [240, 200, 110], [210, 30, 70]], np.uint8)  # RGB
+PALETTE = np.array([(32, 32, 36), (166, 97, 26), (90, 140, 190), (240, 200, 110), (210, 30, 70)], np.uint8)
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
 
 
@@ -48,12 +48,12 @@ class UserError(Exception):
     """A mistake the user can mend: main() prints it as one sentence and exits with status 2."""
 
 
-# ------------------------------------------------------------------------------------------------ 1. data
+# ---------------------------------------------------------------------------------------- 1. data
 
 
 @dataclass
 class Data:
-    """The competition's file, checked: images and masks uint8 (N, H, W), test images uint8 (M, H, W) or None."""
+    """The competition's file, checked: images and masks uint8 (N, H, W), test images (M, H, W) or None."""
 
     path: Path
     sha256: str
@@ -62,6 +62,8 @@ class Data:
     test_images: np.ndarray | None = None
     test_labels: np.ndarray | None = None
     dtype: str = "uint8"  # of the training set in the file
+    mean: float = 0.0     # of the training images' grey values, and their standard deviation
+    std: float = 1.0
     notes: list[str] = field(default_factory=list)  # sentences to print: conversions and warnings
 
 
@@ -105,7 +107,7 @@ def _has_training_set(path: Path) -> bool:
 
 
 def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Return name → (shape, dtype) of an .npz without reading its arrays; UserError if it cannot be trusted.
+    """Return name → (shape, dtype) of an .npz without reading its arrays; UserError if it can't be trusted.
 
     The headers come first because a few bytes of zip can claim terabytes: what they claim is held against a
     cap, against the archive's own sizes and against its compression before anything is allocated.
@@ -115,9 +117,9 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     if not start:
         raise UserError(f"{path}: the file is empty; fetch it again")
     if start.startswith(b"\x93NUMPY"):
-        raise UserError(f"{path}: a single .npy array; expected the .npz archive with training_set and test_set")
+        raise UserError(f"{path}: a single .npy array; expected an .npz with training_set and test_set")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: a web page saved under this name, not data; log in and download the file again")
+        raise UserError(f"{path}: a web page saved under this name, not data; log in and download it again")
     if not start.startswith(b"PK"):
         raise UserError(f"{path}: not an .npz archive (it starts with {start[:4]!r})")
     headers, claimed = {}, 0
@@ -133,19 +135,19 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
                 body = info.file_size - member.tell()
             name = info.filename.removesuffix(".npy")
             if dtype.hasobject:
-                raise UserError(f"{path}: {name} holds pickled objects, which can run code and are never loaded; "
-                                "save it as a numeric array")
+                raise UserError(f"{path}: {name} holds pickled objects, which can run code and are never "
+                                "loaded; save it as a numeric array")
             size = int(np.prod(shape, dtype=object)) * dtype.itemsize
             claimed += max(size, info.file_size)
             if claimed > MAX_BYTES:
-                raise UserError(f"{path}: {name} claims {size / 2**30:.0f} GiB; more than {MAX_BYTES >> 30} GiB "
-                                "in all is refused")
+                raise UserError(f"{path}: {name} claims {size / 2**30:.0f} GiB; more than "
+                                f"{MAX_BYTES >> 30} GiB in all is refused")
             if size != body:
                 raise UserError(f"{path}: {name} claims {size} bytes and has {body}; the file is damaged, "
                                 "fetch it again")
             headers[name] = (shape, dtype)
     if claimed > (64 << 20) and claimed > 250 * path.stat().st_size:  # real tiles pack 2 to 20 times
-        raise UserError(f"{path}: {path.stat().st_size} bytes would unpack to {claimed}; this is no picture data")
+        raise UserError(f"{path}: {path.stat().st_size} bytes would unpack to {claimed}; no images do")
     return headers
 
 
@@ -165,8 +167,8 @@ def _explained(path: Path):
 def load_data(path: str | Path) -> Data:
     """Load and check a file in the competition's layout.
 
-    Keys: training_set (N, 2, H, W), [:, 0] images and [:, 1] labels; test_set (M, H, W) and test_labels (M, H, W)
-    are optional. Any numeric dtype. Raises UserError with file, key, index, value and cure.
+    Keys: training_set (N, 2, H, W), [:, 0] images and [:, 1] labels; test_set and test_labels, both
+    (M, H, W), are optional. Any numeric dtype. Raises UserError with file, key, index, value and cure.
     """
     path = find_data_file(path)
     headers = read_headers(path)
@@ -184,7 +186,7 @@ def load_data(path: str | Path) -> Data:
                         "swap them: training_set[:, ::-1]")
     images = _to_uint8(train[:, 0], f"{path}: training_set[:, 0]", notes)
     data = Data(path, digest, images, _to_labels(train[:, 1], f"{path}: training_set[:, 1]"),
-                dtype=str(train.dtype), notes=notes)
+                dtype=str(train.dtype), mean=float(images.mean()), std=max(1.0, float(images.std())), notes=notes)
     del train  # the float64 original is eight times as large as what is kept
     if "test_set" in arrays:
         data.test_images = _to_uint8(arrays.pop("test_set"), f"{path}: test_set", notes)
@@ -208,18 +210,20 @@ def _check_shapes(path: Path, headers: dict) -> None:
             hint = "; the two channels come last here: np.moveaxis(training_set, -1, 1)"
         elif len(shape) == 4 and shape[0] == 2:
             hint = "; the two channels come first here: training_set.swapaxes(0, 1)"
-        raise UserError(f"{path}: training_set has shape {shape}; expected (N, 2, H, W), image and labels{hint}")
+        raise UserError(f"{path}: training_set has shape {shape}; expected (N, 2, H, W), image and labels"
+                        + hint)
     if shape[0] < 2 or 0 in shape:
-        raise UserError(f"{path}: training_set has shape {shape}; at least 2 images are needed to train and validate")
+        raise UserError(f"{path}: training_set has shape {shape}; at least 2 images are needed")
     if "test_set" not in headers:
         return
     test = headers["test_set"][0]
     if len(test) != 3 or test[1:] != shape[2:] or test[0] == 0:
         swapped = "; height and width are swapped" if test[-2:] == shape[:1:-1] and len(test) == 3 else ""
-        raise UserError(f"{path}: test_set has shape {test}; expected (M, {shape[2]}, {shape[3]}) with M ≥ 1, "
+        raise UserError(f"{path}: test_set has shape {test}; expected (M, {shape[2]}, {shape[3]}), M ≥ 1, "
                         f"as training_set has {shape}{swapped}")
     if "test_labels" in headers and headers["test_labels"][0] != test:
-        raise UserError(f"{path}: test_labels has shape {headers['test_labels'][0]}; expected test_set's {test}")
+        raise UserError(f"{path}: test_labels has shape {headers['test_labels'][0]}; expected {test}, "
+                        "the shape of test_set")
 
 
 def _to_uint8(images: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
@@ -232,8 +236,8 @@ def _to_uint8(images: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
         bad = ~np.isfinite(chunk)
         if bad.any():
             at = np.unique(np.nonzero(bad)[0]) + i
-            raise UserError(f"{name}: NaN or infinite pixels, first in image {at[0]} ({bad.sum()} pixels among "
-                            f"images {i} to {i + len(chunk) - 1}); replace or drop them")
+            raise UserError(f"{name}: NaN or infinite pixels, first in image {at[0]} ({bad.sum()} pixels "
+                            f"among images {i} to {i + len(chunk) - 1}); replace or drop them")
         lo, hi = min(lo, float(chunk.min())), max(hi, float(chunk.max()))
     fraction = images.dtype.kind in "bf" and lo >= 0 and hi <= 1
     low, scale = (0.0, 255.0) if fraction else (0.0, 1.0)
@@ -248,7 +252,7 @@ def _to_uint8(images: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
 
 
 def _to_labels(labels: np.ndarray, name: str) -> np.ndarray:
-    """Return labels as contiguous uint8; UserError that names the images, values and count of those outside."""
+    """Return labels as contiguous uint8; UserError that names images, values and count of those outside."""
     out = np.empty(labels.shape, np.uint8)
     bad_images, bad_values, count = [], set(), 0
     for i in range(0, len(labels), 256):
@@ -268,18 +272,18 @@ def _to_labels(labels: np.ndarray, name: str) -> np.ndarray:
 
 
 def _check_content(data: Data) -> None:
-    """Raise UserError if there is nothing to learn; add a sentence to data.notes for what only deserves one."""
+    """Raise UserError if there is nothing to learn; add to data.notes what only deserves a sentence."""
     flat = data.images.reshape(len(data.images), -1)
     constant = np.flatnonzero(flat.min(1) == flat.max(1))
     if len(constant) == len(flat):
-        raise UserError(f"{data.path}: every training image is one constant grey; nothing can be learnt from it")
+        raise UserError(f"{data.path}: every training image is one constant grey; there is nothing to learn")
     if len(constant):
         data.notes.append(f"{len(constant)} training images are one constant grey (first {constant[0]})")
     counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
     if counts[1:].sum() == 0:
-        raise UserError(f"{data.path}: every training pixel is labelled {CLASSES[0]} (0); nothing can be learnt from it")
+        raise UserError(f"{data.path}: every training pixel is labelled 0 (background); nothing to learn")
     for c in np.flatnonzero(counts[1:] == 0) + 1:
-        data.notes.append(f"class {c} ({CLASSES[c]}) is on no training pixel: it can't be learnt, nor is it scored")
+        data.notes.append(f"class {c} ({CLASSES[c]}) is on no training pixel: it can't be learnt")
     if data.test_images is not None:
         train = {hashlib.sha256(i).digest() for i in data.images}
         copies = sum(hashlib.sha256(i).digest() in train for i in data.test_images)
@@ -288,7 +292,7 @@ def _check_content(data: Data) -> None:
 
 
 def fingerprint(data: Data) -> dict:
-    """Return what identifies and describes the data: counts, ranges, shares of pixels, images holding each class."""
+    """Return what identifies and describes the data: counts, range, each class's pixels and images."""
     counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
     holding = [int((data.masks == c).any((1, 2)).sum()) for c in range(NUM_CLASSES)]
     return {"file": data.path.name, "sha256": data.sha256, "train_images": len(data.images),
@@ -298,7 +302,19 @@ def fingerprint(data: Data) -> dict:
             "pixel_share": (counts / counts.sum()).round(5).tolist(), "images_holding": holding}
 
 
-# ------------------------------------------------------------------------------------------------ 2. outliers
+def describe(data: Data) -> list[str]:
+    """Return the fingerprint and the notes in lines for people."""
+    facts = fingerprint(data)
+    lines = [f"data: {data.path}, sha256 {data.sha256[:16]}…, {data.dtype}",
+             f"      {facts['train_images']} training and {facts['test_images']} test images of "
+             f"{facts['height']}×{facts['width']}, grey {facts['range'][0]} to {facts['range'][1]}"]
+    for c, name in enumerate(CLASSES):
+        lines.append(f"      {c} {name:<10} {100 * facts['pixel_share'][c]:6.2f} % of the pixels, "
+                     f"in {facts['images_holding'][c]} images")
+    return lines + [f"note: {note}" for note in data.notes]
+
+
+# ---------------------------------------------------------------------------------------- 2. outliers
 
 
 WITNESSES = ("masks", "template", "autoencoder")
@@ -312,7 +328,7 @@ def read_picture(path: str | Path) -> np.ndarray:
     return picture
 
 
-# ------------------------------------------------------------------------------------------------ 3. folds
+# ---------------------------------------------------------------------------------------- 3. folds
 
 
 def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -330,27 +346,30 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> 
     _, first = np.unique(group, return_index=True)  # one image stands for its copies
     order = rng.permutation(first)
     order = order[np.argsort(stratum[order], kind="stable")]
-    if folds > 1:
-        of_order = np.arange(len(order)) % folds
-    else:  # every 7th of the stratified order is 14.3 %
-        of_order = np.where(np.arange(len(order)) % 7 == 0, 0, -1)
+    of_order = np.arange(len(order)) % (folds if folds > 1 else 7)  # every 7th is 14.3 %
+    if folds == 1:
+        of_order[of_order > 0] = -1
     fold_of_group = np.empty(len(first), np.int64)
     fold_of_group[group.ravel()[order]] = of_order
     return fold_of_group[group.ravel()]
 
 
-# ------------------------------------------------------------------------------------------------ 4. augmentation
+# ---------------------------------------------------------------------------------------- 4. augmentation
 
 
-def flip(x: torch.Tensor, y: torch.Tensor, dim: int, gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror each image of x (B, C, H, W) and its mask y (B, H, W) with probability ½; dim -1: left-right, -2: up-down."""
+Batch = tuple[torch.Tensor, torch.Tensor]  # x float (B, C, H, W), y integer labels (B, H, W)
+
+
+def flip(x: torch.Tensor, y: torch.Tensor, dim: int, gen: torch.Generator) -> Batch:
+    """Mirror each image and its mask with probability ½; dim -1 is left-right, -2 up-down."""
     who = torch.rand(len(x), device=x.device, generator=gen) < 0.5
-    return (torch.where(who[:, None, None, None], x.flip(dim), x), torch.where(who[:, None, None], y.flip(dim), y))
+    x = torch.where(who[:, None, None, None], x.flip(dim), x)
+    return x, torch.where(who[:, None, None], y.flip(dim), y)
 
 
-def affine(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator, shift: float, scale: float, degrees: float,
-           p: float = 0.5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move, zoom and turn each image with probability p, mirrored at the border, the mask by nearest neighbour.
+def affine(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator, shift: float, scale: float,
+           degrees: float, p: float = 0.5) -> Batch:
+    """Move, zoom and turn each image with probability p, mirrored at the border, masks by nearest pixel.
 
     Args: shift, as a share of the side; scale, ± about 1; degrees, ± about 0; each drawn uniformly.
     """
@@ -364,24 +383,25 @@ def affine(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator, shift: float,
                          torch.stack([-sin * (w / h), cos, u[1] * on * 2 * shift], 1)], 1)
     grid = F.affine_grid(theta, [b, 1, h, w], align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    moved = F.grid_sample(y[:, None].float(), grid, mode="nearest", padding_mode="reflection", align_corners=False)
-    return x, moved[:, 0].to(y.dtype)
+    y_moved = F.grid_sample(y[:, None].float(), grid, mode="nearest", padding_mode="reflection",
+                            align_corners=False)
+    return x, y_moved[:, 0].to(y.dtype)
 
 
 def jitter_light(x: torch.Tensor, gen: torch.Generator, amount: float, p: float = 0.5) -> torch.Tensor:
-    """Change brightness and contrast of channel 0, standardised grey, by up to ± amount each, with probability p."""
+    """Change brightness and contrast of channel 0 by up to ± amount, each with probability p."""
     u = torch.rand(3, len(x), 1, 1, device=x.device, generator=gen) * 2 - 1
     on = (u[2] < 2 * p - 1).float()
     return torch.cat([(x[:, 0] * (1 + amount * u[0] * on) + 2 * amount * u[1] * on)[:, None], x[:, 1:]], 1)
 
 
-def paste_rare(x: torch.Tensor, y: torch.Tensor, donor_x: torch.Tensor, donor_y: torch.Tensor, gen: torch.Generator,
-               p: float) -> tuple[torch.Tensor, torch.Tensor]:
+def paste_rare(x: torch.Tensor, y: torch.Tensor, donor_x: torch.Tensor, donor_y: torch.Tensor,
+               gen: torch.Generator, p: float) -> Batch:
     """Paste the patches that donor_y marks (labels above 0, one donor an image) into x, y with probability p.
 
-    The donors' pixels, all channels, and labels move together: mirrored, scaled by 0.7 to 1.4, shifted anywhere,
-    their edge feathered over 3 pixels. Images without any label, and pixels of other rocks, are left alone.
-    Donors must come from the same training split as x: a patch that crosses folds is a leak.
+    The donors' pixels, all channels, and labels move together: mirrored, scaled by 0.7 to 1.4, shifted,
+    their edge feathered over 3 pixels. Images without any label are left alone. Donors must come from the
+    same training split as x: a patch that crosses folds is a leak.
 
     Shape: x, donor_x (B, C, H, W) float; y, donor_y (B, H, W) integer labels.
     """
@@ -391,7 +411,7 @@ def paste_rare(x: torch.Tensor, y: torch.Tensor, donor_x: torch.Tensor, donor_y:
     mirror = torch.where(u[1] < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(zoom)
     theta = torch.stack([torch.stack([zoom * mirror, zero, 1.6 * u[2] - 0.8], 1),
-                         torch.stack([zero, zoom, 0.8 * u[3] - 0.4], 1)], 1)  # rocks stand on the ground: small dy
+                         torch.stack([zero, zoom, 0.8 * u[3] - 0.4], 1)], 1)
     grid = F.affine_grid(theta, [b, 1, h, w], align_corners=False)
     label = F.grid_sample(donor_y[:, None].float(), grid, mode="nearest", align_corners=False)
     patch = F.grid_sample(donor_x, grid, align_corners=False)
@@ -401,7 +421,7 @@ def paste_rare(x: torch.Tensor, y: torch.Tensor, donor_x: torch.Tensor, donor_y:
     return x + alpha * (patch - x), torch.where(label[:, 0] > 0, label[:, 0].to(y.dtype), y)
 
 
-# ------------------------------------------------------------------------------------------------ 5. network
+# ---------------------------------------------------------------------------------------- 5. network
 
 
 def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -414,7 +434,7 @@ def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class GatedSkip(nn.Module):
-    """Joins an encoder level, dimmed by a one-channel sigmoid gate of itself, with ReLU(1×1) of the decoder's."""
+    """Joins an encoder level, dimmed by a one-channel sigmoid gate, with the decoder's ReLU(1×1)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -427,21 +447,23 @@ class GatedSkip(nn.Module):
 
 
 class UNet(nn.Module):
-    """The paper's U-Net: widths w, 2w, 4w, 8w, bottleneck 16w; gated skips; heads on the inner decoder levels.
+    """The paper's U-Net: widths w, 2w, 4w, 8w, bottleneck 16w; gated skips; heads on the decoder's levels.
 
-    With width 64 and one channel it has the paper's 31.4 M parameters. With residual=True the last num_classes
-    input channels are log-probabilities that the network corrects: they are added to its logits instead of
-    convolved, and the last head starts at zero, so that training starts from that prior.
+    With width 64 and one channel it has the paper's 31.4 M parameters. With residual=True the last
+    num_classes input channels are log-probabilities that the network corrects: they are added to its logits
+    instead of convolved, and the heads start at zero, so that training starts from that prior.
 
-    Shape: (B, in_channels [+ num_classes], H, W) any H, W ≥ 1 → list of logits (B, num_classes, H/2^i, W/2^i),
-    i = 0 the full size, then the inner levels of a training pass (of the padded size).
+    Shape: (B, in_channels [+ num_classes], H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the
+    full H, W, and in training also 1/2, 1/4, 1/8 of the size padded to a multiple of 16.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4, residual: bool = False):
+    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4,
+                 residual: bool = False):
         super().__init__()
-        self.in_channels, self.num_classes, self.depth, self.residual = in_channels, num_classes, depth, residual
+        self.in_channels, self.depth, self.residual = in_channels, depth, residual
         widths = [width * 2 ** i for i in range(depth + 1)]
-        self.encoder = nn.ModuleList(conv_block(i, o) for i, o in zip([in_channels] + widths, widths))
+        self.encoder = nn.ModuleList(
+            conv_block(i, o) for i, o in zip([in_channels] + widths[:-1], widths, strict=True))
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
         self.skip = nn.ModuleList(GatedSkip(w) for w in widths[:-1])
         self.decoder = nn.ModuleList(conv_block(2 * w, w) for w in widths[:-1])
@@ -471,12 +493,12 @@ class UNet(nn.Module):
         return logits[::-1]
 
 
-# ------------------------------------------------------------------------------------------------ 6. loss
+# ---------------------------------------------------------------------------------------- 6. loss
 
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: float = 1.0,
                weight: torch.Tensor | None = None, ignore_index: int = -1) -> torch.Tensor:
-    """Return the mean of -α (1 - p)^γ log p over the pixels whose target is not ignore_index; 0 if there is none.
+    """Return the mean of -α (1 - p)^γ log p over the pixels whose target is not ignore_index; 0 if none is.
 
     γ = 0 and α = 1 is cross-entropy. With class weights the mean is the weighted one, as in PyTorch's.
     Shape: logits (B, C, H, W) any float type; target (B, H, W) integer. Stable for any finite logits.
@@ -497,23 +519,24 @@ def deep_supervision_loss(logits: list[torch.Tensor], target: torch.Tensor, leve
                           **loss_args) -> torch.Tensor:
     """Return the weighted sum of focal_loss over the outputs, coarser targets taken at every 2^i-th pixel."""
     loss = focal_loss(logits[0], target, **loss_args)
-    for i, (out, level_weight) in enumerate(zip(logits[1:], level_weights), 1):
+    for i, (out, level_weight) in enumerate(zip(logits[1:], level_weights, strict=True), 1):
         if level_weight:
             coarse = target[:, 2 ** i // 2::2 ** i, 2 ** i // 2::2 ** i]
-            loss = loss + level_weight * focal_loss(out[..., :coarse.shape[1], :coarse.shape[2]], coarse, **loss_args)
+            out = out[..., :coarse.shape[1], :coarse.shape[2]]
+            loss = loss + level_weight * focal_loss(out, coarse, **loss_args)
     return loss
 
 
-# ------------------------------------------------------------------------------------------------ 7. morphology
+# ---------------------------------------------------------------------------------------- 7. morphology
 
 
 def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
     """Return masks (N, H, W) uint8 after opening, then closing, each class on its own.
 
-    A pixel that its class's opening takes away goes to the one class whose closing claims it, and otherwise keeps
-    its label. No class comes before another, so relabelling the classes relabels the result and nothing else
-    (grey morphology on class ids depends on the numbering). A class that opening would wipe out of an image
-    is left as it is there.
+    A pixel that its class's opening takes away goes to the one class whose closing claims it, and otherwise
+    keeps its label. No class comes before another, so relabelling the classes relabels the result and
+    nothing else (grey morphology on class ids depends on the numbering). A class that opening would wipe
+    out of an image is left as it is there.
     """
     kernel = np.ones((size, size), np.uint8)
     out = np.empty_like(masks)
@@ -532,11 +555,11 @@ def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
     return out
 
 
-# ------------------------------------------------------------------------------------------------ 8. metric
+# ---------------------------------------------------------------------------------------- 8. metric
 
 
 def confusion_matrix(truth: np.ndarray, pred: np.ndarray, num_classes: int = NUM_CLASSES) -> np.ndarray:
-    """Return the int64 (C, C) pixel counts, rows the truth, columns the prediction, summed over everything given.
+    """Return the int64 (C, C) pixel counts, rows the truth, columns the prediction, of everything given.
 
     Over the whole set, not a mean over batches or images: small classes live on few images.
     """
@@ -547,9 +570,9 @@ def confusion_matrix(truth: np.ndarray, pred: np.ndarray, num_classes: int = NUM
 def iou_scores(confusion: np.ndarray, ignore_class: int | None = 0) -> tuple[float, np.ndarray]:
     """Return the mean IoU and each class's, NaN for a class that is neither true nor predicted anywhere.
 
-    ignore_class=0 is the competition's metric, Keras MeanIoU(ignore_class=0): pixels whose truth is 0 count for
-    nothing, yet a 0 predicted elsewhere adds a class of IoU 0 to the mean. None is the paper's plain mean over
-    all classes. NaN if nothing was counted.
+    ignore_class=0 is the competition's metric, Keras MeanIoU(ignore_class=0): pixels whose truth is 0 count
+    for nothing, yet a 0 predicted elsewhere adds a class of IoU 0 to the mean. None is the paper's plain mean
+    over all classes. NaN if nothing was counted.
     """
     counts = confusion.astype(np.float64)
     if ignore_class is not None:
@@ -560,7 +583,7 @@ def iou_scores(confusion: np.ndarray, ignore_class: int | None = 0) -> tuple[flo
     return (float(np.nanmean(iou)) if (union > 0).any() else float("nan")), iou
 
 
-# ------------------------------------------------------------------------------------------------ 9. engine
+# ---------------------------------------------------------------------------------------- 9. engine
 
 
 def pick_device(name: str = "auto") -> tuple[torch.device, str]:
@@ -614,7 +637,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
-    """Return a generator seeded from the whole key, e.g. (seed, stage, fold, epoch): nothing random need be saved."""
+    """Return a generator seeded from the whole key: with (seed, stage, fold, epoch) nothing need be saved."""
     seed = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator(device).manual_seed(seed)
 
@@ -623,7 +646,7 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move ema's weights and batch-norm statistics a step of 1 - decay towards model's; decay 0 copies them.
 
-    The decay starts low, (1 + t) / (10 + t) after t steps, or short runs would average over their random start.
+    The decay starts low, (1 + t) / (10 + t) after t steps: short runs must forget their random start.
     """
     target = dict(model.state_dict())
     steps = next(v for k, v in target.items() if k.endswith("num_batches_tracked"))
@@ -638,7 +661,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 @torch.inference_mode()
 def predict_probs(model: UNet, make_input, num_images: int, device: torch.device, dtype: torch.dtype,
                   first_class: int, tta: bool, batch_size: int = 64) -> np.ndarray:
-    """Return class probabilities in steps of 1/255, uint8 (N, num_classes, H, W), of images given by make_input.
+    """Return class probabilities in steps of 1/255, uint8 (N, classes, H, W), of images given by make_input.
 
     Args: make_input, a function from a slice to a float batch (B, C, H, W) on the device; first_class, the
     class of the model's first output (1: background is never predicted); tta, mean with the mirrored copy.
@@ -646,7 +669,8 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     model.eval()
     out = None
     for i in range(0, num_images, batch_size):
-        x = make_input(slice(i, min(i + batch_size, num_images))).contiguous(memory_format=torch.channels_last)
+        x = make_input(slice(i, min(i + batch_size, num_images)))
+        x = x.contiguous(memory_format=torch.channels_last)
         with autocast(device, dtype):
             logits = [model(x)[0]] + ([model(x.flip(-1))[0].flip(-1)] if tta else [])
         probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
@@ -657,7 +681,7 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     return out
 
 
-# ------------------------------------------------------------------------------------------------ 10. checkpoints
+# ---------------------------------------------------------------------------------------- 10. checkpoints
 
 
 @contextlib.contextmanager
@@ -692,8 +716,10 @@ def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None
 
 
 def load_checkpoint(path: Path, log=print) -> dict | None:
-    """Return the state saved at path, or the one before it if this one is damaged, or None. Nothing in a file is
-    executed: the checksum comes first (most flipped bits load in silence), then weights_only."""
+    """Return the state saved at path, or the one before it if this one is damaged, or None.
+
+    Nothing in a file is executed: first the checksum (most flipped bits load in silence), then weights_only.
+    """
     for candidate in (path, path.with_name(path.name + ".prev")):
         try:
             raw = candidate.read_bytes()
@@ -705,11 +731,11 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ 11. submission
+# ---------------------------------------------------------------------------------------- 11. submission
 
 
 def write_submission(path: Path, preds: np.ndarray) -> None:
-    """Write preds (M, H, W), labels 0..9, as the competition's CSV: the bytes pandas would write, 50 times faster.
+    """Write preds (M, H, W), labels 0..9, as the competition's CSV, the very bytes that pandas would write.
 
     Every label is one digit, so all rows whose id has the same number of digits are one array of bytes.
     """
@@ -731,11 +757,11 @@ def write_submission(path: Path, preds: np.ndarray) -> None:
             start = stop
 
 
-def check_submission(path: Path, num_images: int, num_pixels: int, allow_background: bool = False) -> np.ndarray:
+def check_submission(path: Path, num_images: int, num_pixels: int, first_class: int = 1) -> np.ndarray:
     """Read a submission back as any reader would, line by line, and return its labels, uint8 (M, pixels).
 
-    Raises UserError that names the first row and column at fault: header, ids, number of columns, labels that are
-    no class, a 0 (one alone costs a fifth of the score), too few or too many rows.
+    Raises UserError that names the first row and column at fault: header, ids, number of columns, labels
+    below first_class (a single 0 costs a fifth of the score) or that are no class, too few or many rows.
     """
     labels = np.empty((num_images, num_pixels), np.uint8)
     with open(path, "rb") as f:
@@ -747,16 +773,16 @@ def check_submission(path: Path, num_images: int, num_pixels: int, allow_backgro
                 raise UserError(f"{path}: more than {num_images} rows")
             name, _, rest = line.rstrip(b"\r\n").partition(b",")
             if name != str(row).encode():
-                raise UserError(f"{path}: row {row} has the id {name[:20].decode(errors='replace')!r}; expected {row}")
+                raise UserError(f"{path}: row {row} has the id {name[:20].decode(errors='replace')!r}")
             cells = np.frombuffer(rest, np.uint8)
             if len(cells) != 2 * num_pixels - 1 or (cells[1::2] != ord(",")).any():
                 raise UserError(f"{path}: row {row} is not {num_pixels} labels of one digit, "
                                 f"separated by commas ({rest.count(b',') + 1} columns)")
             labels[row] = cells[::2] - np.uint8(ord("0"))
-            if labels[row].max() >= NUM_CLASSES or (labels[row].min() == 0 and not allow_background):
-                bad = np.flatnonzero((labels[row] >= NUM_CLASSES) | (labels[row] == 0))[0]
-                raise UserError(f"{path}: row {row}, column {bad} holds {chr(cells[2 * bad])!r}; expected labels "
-                                f"{0 if allow_background else 1} to {NUM_CLASSES - 1}")
+            bad = np.flatnonzero((labels[row] >= NUM_CLASSES) | (labels[row] < first_class))
+            if len(bad):
+                raise UserError(f"{path}: row {row}, column {bad[0]} holds {chr(cells[2 * bad[0]])!r}; "
+                                f"expected labels {first_class} to {NUM_CLASSES - 1}")
         if row + 1 != num_images:
             raise UserError(f"{path}: {row + 1} rows; expected {num_images}")
     return labels
@@ -770,7 +796,7 @@ def zip_file(path: Path) -> Path:
     return target
 
 
-# ------------------------------------------------------------------------------------------------ 12. report
+# ---------------------------------------------------------------------------------------- 12. report
 
 
 def picture(rgb: np.ndarray, alt: str, scale: int = 2) -> str:
@@ -794,7 +820,7 @@ def table(header: list[str], rows: list[list]) -> str:
 
 
 def curves(lines: dict[str, list[float]], title: str) -> str:
-    """Return an inline SVG of several lines, name → a value an epoch, one hue each; empty if there is nothing."""
+    """Return an inline SVG of lines, name → a value an epoch, one hue each; "" if there is nothing."""
     lines = {k: v for k, v in lines.items() if v and np.isfinite(v).all()}
     if not lines:
         return ""
@@ -802,53 +828,59 @@ def curves(lines: dict[str, list[float]], title: str) -> str:
     longest = max(map(len, lines.values()))
     shapes = ""
     for i, (name, values) in enumerate(lines.items()):
-        points = " ".join(f"{50 + 430 * e / max(1, longest - 1):.1f},{180 - 160 * (v - low) / (high - low or 1):.1f}"
-                          for e, v in enumerate(values))
+        xs = 50 + 430 * np.arange(len(values)) / max(1, longest - 1)
+        ys = 180 - 160 * (np.array(values) - low) / (high - low or 1)
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
         color = f"hsl({i * 360 // len(lines)} 70% 50%)"
         shapes += (f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6">'
                    f"<title>{html.escape(name)}</title></polyline>"
                    f'<text x="488" y="{24 + 15 * i}" fill="{color}">{html.escape(name)}</text>')
     return (f'<svg viewBox="0 0 600 205" role="img" aria-label="{html.escape(title)}"><text x="50" y="12">'
-            f'{html.escape(title)}</text><text x="2" y="24">{high:.3f}</text><text x="2" y="182">{low:.3f}</text>'
+            f'{html.escape(title)}</text><text x="2" y="24">{high:.3f}</text>'
+            f'<text x="2" y="182">{low:.3f}</text>'
             f'<text x="50" y="200">epoch 1</text><text x="440" y="200">{longest}</text>'
             f'<path d="M48 18V182H482" fill="none" stroke="currentColor"/>{shapes}</svg>')
 
 
-STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em}
+STYLE = """:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em}
 table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #8888;padding:.25em .6em;text-align:left}
 td.n{text-align:right;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}svg{max-width:600px;width:100%;
-font-size:11px;fill:currentColor}img{image-rendering:pixelated;max-width:none}figure{display:inline-block;margin:.3em}
-.key span{display:inline-block;width:1em;height:1em;margin:0 .3em 0 1em;vertical-align:-.15em;border:1px solid #888}
+font-size:11px;fill:currentColor}img{image-rendering:pixelated;max-width:none}
+figure{display:inline-block;margin:.3em}
+.key span{display:inline-block;width:1em;height:1em;margin:0 .3em 0 1em;border:1px solid #888}
 figcaption{font-size:12px;max-width:260px}"""
 
 
-def write_report(path: Path, metrics: dict, histories: dict, facts: dict, images: np.ndarray, truth: np.ndarray,
-                 labels: list[np.ndarray], confidence: np.ndarray, outliers: pd.DataFrame,
-                 outlier_images: np.ndarray) -> None:
+def write_report(path: Path, metrics: dict, histories: dict, facts: dict, images: np.ndarray,
+                 truth: np.ndarray, labels: list[np.ndarray], confidence: np.ndarray,
+                 outliers: pd.DataFrame, outlier_images: np.ndarray) -> None:
     """Write the report, one HTML file that needs no network.
 
-    Args: metrics, what metrics.json holds; histories, (stage, fold) → list of epochs; facts, anything to list
-    at the end; images, truth (N, H, W) and each stage's out-of-fold labels, confidence uint8 (N, H, W) of the
+    Args: metrics, what metrics.json holds; histories, (stage, fold) → list of epochs; facts, anything to
+    list at the end; images, truth, each stage's out-of-fold labels and confidence, uint8 (N, H, W), of the
     validated images; outliers, find_outliers's table, and its images.
     """
     stages = [f"stage{i}" for i in (1, 2) if f"stage{i}_miou" in metrics]
     parts = ["<h1>Mars terrain: the run</h1>", "<h2>Scores out of fold</h2>", table(
         ["stage", "mean IoU (competition)", "± over folds", "mean IoU (paper, with background)", *CLASSES],
-        [[s, metrics[f"{s}_miou"], metrics[f"{s}_fold_std"], metrics[f"{s}_paper_miou"], *map(float, metrics[f"{s}_iou"])]
-         for s in stages])]
+        [[s, metrics[f"{s}_miou"], metrics[f"{s}_fold_std"], metrics[f"{s}_paper_miou"],
+          *map(float, metrics[f"{s}_iou"])] for s in stages])]
     if "test_miou" in metrics:
         parts.append(f"<p>Test labels were in the file: mean IoU <b>{metrics['test_miou']:.4f}</b>.</p>")
     parts.append("<h2>Training</h2>")
     for s in range(1, len(stages) + 1):
         runs = {f"fold {fold}": history for (stage, fold), history in sorted(histories.items()) if stage == s}
-        parts += [curves({k: [e["score"] for e in v] for k, v in runs.items()}, f"stage {s}: validation mean IoU"),
-                  curves({k: [e["loss"] for e in v] for k, v in runs.items()}, f"stage {s}: training loss")]
+        for name, title in (("score", "validation mean IoU"), ("loss", "training loss")):
+            lines = {k: [epoch[name] for epoch in v] for k, v in runs.items()}
+            parts.append(curves(lines, f"stage {s}: {title}"))
     parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
     for s in stages:
         counts = np.array(metrics[f"{s}_confusion"], float)
         shares = counts / counts.sum(1, keepdims=True).clip(1)
         parts.append(table([s, *CLASSES], [[CLASSES[c], *map(float, shares[c])] for c in range(NUM_CLASSES)]))
-    key = "".join(f'<span style="background:rgb({r} {g} {b})"></span>{n}' for n, (r, g, b) in zip(CLASSES, PALETTE))
+    key = "".join(f'<span style="background:rgb({r} {g} {b})"></span>{name}'
+                  for name, (r, g, b) in zip(CLASSES, PALETTE, strict=True))
     parts.append(f'<h2>Validated images: best, median, worst, and with big rock</h2><p class="key">{key}</p>')
     counted = (truth > 0).sum((1, 2))
     right = ((truth == labels[-1]) & (truth > 0)).sum((1, 2)) / counted.clip(1)
@@ -860,16 +892,19 @@ def write_report(path: Path, metrics: dict, histories: dict, facts: dict, images
     for kind, chosen in (("best", order[-3:]), ("median", order[middle:middle + 3]), ("worst", order[:3]),
                          ("big rock", rock[:6])):
         for i in chosen:
-            rows.append([f"{kind}, {right[i]:.2f}", picture(images[i], "image"), picture(PALETTE[truth[i]], "truth"),
+            rows.append([f"{kind}, {right[i]:.2f}", picture(images[i], "image"),
+                         picture(PALETTE[truth[i]], "truth"),
                          *(picture(PALETTE[stage[i]], f"stage {s}") for s, stage in enumerate(labels, 1)),
                          picture(confidence[i], "confidence")])
     parts.append(table(["accuracy", "image", "truth", *stages, "confidence"], rows))
     parts.append(f"<h2>Intruders: {len(outliers)} training images taken out</h2>")
-    for image, (_, row) in zip(outlier_images[:60], outliers.iterrows()):
+    for image, (_, row) in zip(outlier_images[:60], outliers[:60].iterrows(), strict=True):
         parts.append(f"<figure>{picture(image, 'intruder', 1)}<figcaption>{row['index']}: "
                      f"{html.escape(str(row['reasons']))}</figcaption></figure>")
-    parts += ["<h2>Data, choices, machine</h2>", table(["what", "value"], [[k, str(v)] for k, v in facts.items()])]
-    page = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    parts += ["<h2>Data, choices, machine</h2>",
+              table(["what", "value"], [[k, str(v)] for k, v in facts.items()])]
+    page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
             f"<title>Mars terrain: the run</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>")
     with atomic_write(path) as f:
         f.write(page.encode())

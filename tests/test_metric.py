@@ -1,0 +1,122 @@
+"""The competition's metric and the paper's."""
+import numpy as np
+import pytest
+
+import lib
+
+
+def keras_mean_iou(truth, pred, num_classes, ignore_class):
+    """Keras' MeanIoU in loops over pixels and classes: update_state, then result, without its epsilon of 1e-7."""
+    total = [[0.0] * num_classes for _ in range(num_classes)]
+    for t, p in zip(truth.ravel().tolist(), pred.ravel().tolist(), strict=True):
+        weight = 1.0
+        if ignore_class is not None and t == ignore_class:
+            t, p, weight = 0, 0, 0.0  # Keras multiplies all three by the mask
+        total[t][p] += weight
+    ious = []
+    for c in range(num_classes):
+        row = sum(total[c][k] for k in range(num_classes))
+        column = sum(total[k][c] for k in range(num_classes))
+        denominator = row + column - total[c][c]
+        if denominator > 0:
+            ious.append(total[c][c] / denominator)
+    return sum(ious) / len(ious) if ious else float("nan")
+
+
+@pytest.mark.parametrize("ignore_class", [0, None])
+def test_equals_keras_on_100_random_cases(ignore_class):
+    """Within 1e-9 of Keras' formula, with absent classes, predicted zeros and unlabelled pixels among the cases."""
+    rng = np.random.default_rng(1)
+    zeros = absent = 0
+    for _ in range(100):
+        classes = rng.permutation(5)[:rng.integers(1, 6)]
+        shape = tuple(rng.integers(1, 7, 3))
+        truth = rng.choice(classes, shape).astype(np.uint8)
+        pred = np.where(rng.random(shape) < rng.random(), truth, rng.choice(rng.permutation(5)[:3], shape)).astype(np.uint8)
+        zeros += bool((pred[truth > 0] == 0).any())
+        absent += len(np.union1d(truth, pred)) < 5
+        got = lib.iou_scores(lib.confusion_matrix(truth, pred), ignore_class)[0]
+        want = keras_mean_iou(truth, pred, 5, ignore_class)
+        assert got == pytest.approx(want, abs=1e-9, nan_ok=True)
+    assert zeros > 20 and absent > 20  # the cases that matter are among the hundred
+
+
+def test_two_by_two_by_hand():
+    """Truth 1 1 / 2 0 and prediction 1 2 / 2 3: both classes 1/2, and the 3 on unlabelled ground counts for nothing."""
+    truth, pred = np.array([[[1, 1], [2, 0]]], np.uint8), np.array([[[1, 2], [2, 3]]], np.uint8)
+    miou, iou = lib.iou_scores(lib.confusion_matrix(truth, pred))
+    assert miou == 0.5
+    np.testing.assert_array_equal(iou, [np.nan, 0.5, 0.5, np.nan, np.nan])
+
+
+def test_paper_metric_counts_background():
+    """The same example over all five classes: (0 + 1/2 + 1/2 + 0) / 4, as 4 occurs nowhere."""
+    truth, pred = np.array([[[1, 1], [2, 0]]], np.uint8), np.array([[[1, 2], [2, 3]]], np.uint8)
+    miou, iou = lib.iou_scores(lib.confusion_matrix(truth, pred), None)
+    assert miou == 0.25
+    np.testing.assert_array_equal(iou, [0, 0.5, 0.5, 0, np.nan])
+
+
+def test_one_predicted_zero_costs_a_fifth():
+    """Of 4,000 perfect pixels one predicted 0 takes the score from 1 to about 4/5."""
+    truth = np.repeat(np.arange(1, 5, dtype=np.uint8), 1000)
+    pred = truth.copy()
+    assert lib.iou_scores(lib.confusion_matrix(truth, pred))[0] == 1
+    pred[0] = 0
+    assert lib.iou_scores(lib.confusion_matrix(truth, pred))[0] == pytest.approx((0.999 + 3) / 5, abs=1e-12)
+
+
+def test_zero_predicted_on_unlabelled_ground_costs_nothing():
+    """A 0 where the truth is 0 does not add the fifth class."""
+    truth = np.array([0, 1, 2, 3, 4], np.uint8)
+    assert lib.iou_scores(lib.confusion_matrix(truth, truth))[0] == 1
+
+
+@pytest.mark.parametrize("truth", [np.zeros((0, 4, 4), np.uint8), np.zeros((2, 4, 4), np.uint8)])
+def test_nothing_counted_is_nan(truth):
+    """No image, or no labelled pixel: NaN, neither 0 nor 1, and no warning."""
+    miou, iou = lib.iou_scores(lib.confusion_matrix(truth, truth))
+    assert np.isnan(miou) and np.isnan(iou).all()
+
+
+def test_absent_class_is_left_out_of_the_mean():
+    """A class neither true nor predicted has no IoU; it counts neither as 1 nor as 0."""
+    truth, pred = np.array([1, 1, 2, 2], np.uint8), np.array([1, 1, 2, 1], np.uint8)
+    miou, iou = lib.iou_scores(lib.confusion_matrix(truth, pred))
+    assert miou == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert np.isnan(iou[[0, 3, 4]]).all()
+
+
+def test_false_alarm_alone_counts_as_zero():
+    """A class predicted but never true has IoU 0 and is in the mean."""
+    miou, iou = lib.iou_scores(lib.confusion_matrix(np.array([1, 1], np.uint8), np.array([1, 4], np.uint8)))
+    assert iou[4] == 0 and miou == 0.25
+
+
+def test_whole_set_is_not_the_mean_of_images():
+    """One confusion matrix over all images: 6 of 8 pixels right is (6/8 + 0) / 2 = 3/8; the mean of images is 5/8."""
+    truth = np.ones((2, 1, 4), np.uint8)
+    pred = np.array([[[1, 1, 1, 1]], [[1, 1, 2, 2]]], np.uint8)
+    assert lib.iou_scores(lib.confusion_matrix(truth, pred))[0] == 3 / 8
+    parts = [lib.confusion_matrix(t, p) for t, p in zip(truth, pred, strict=True)]
+    assert (sum(parts) == lib.confusion_matrix(truth, pred)).all()
+    assert np.mean([lib.iou_scores(part)[0] for part in parts]) == 5 / 8
+
+
+def test_confusion_rows_are_the_truth():
+    """One pixel of truth 2 predicted as 4 stands in row 2, column 4; the counts are int64."""
+    confusion = lib.confusion_matrix(np.array([2], np.uint8), np.array([4], np.uint8))
+    assert confusion[2, 4] == 1 == confusion.sum() and confusion.dtype == np.int64
+
+
+def test_confusion_does_not_overflow_small_types():
+    """uint8 labels of 20 classes: row 19 times 20 is beyond 255 and still lands in its cell."""
+    one = np.array([19], np.uint8)
+    assert lib.confusion_matrix(one, one, 20)[19, 19] == 1
+
+
+def test_iou_leaves_its_argument_alone():
+    """Scoring with ignore_class does not empty the caller's matrix (it is shown in the report afterwards)."""
+    confusion = np.full((5, 5), 3)
+    lib.iou_scores(confusion)
+    assert (confusion == 3).all()
