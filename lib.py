@@ -8,7 +8,7 @@
     6. loss          focal loss
     7. morphology    opening and closing per class
     8. metric        confusion matrix, the competition's mean IoU and the paper's
-    9. engine        device, precision, prediction
+    9. engine        flags, clock, device, precision, prediction
     10. checkpoints  atomic files that know their own checksum
     11. submission   the CSV as bytes, and its checker
     12. report       one self-contained HTML page
@@ -18,13 +18,17 @@ Nothing here decides anything: every choice is an argument, and solve.py makes i
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
+import dataclasses
+import difflib
 import hashlib
 import html
 import io
 import json
 import os
+import pickle
 import time
 import zipfile
 import zlib
@@ -112,7 +116,7 @@ def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     The headers come first because a few bytes of zip can claim terabytes: what they claim is held against a
     cap, against the archive's own sizes and against its compression before anything is allocated.
     """
-    with open(path, "rb") as f:
+    with _explained(path), open(path, "rb") as f:
         start = f.read(512)
     if not start:
         raise UserError(f"{path}: the file is empty; fetch it again")
@@ -180,20 +184,21 @@ def load_data(path: str | Path) -> Data:
     with _explained(path), np.load(path, allow_pickle=False) as npz:
         arrays = {key: npz[key] for key in ("training_set", "test_set", "test_labels") if key in headers}
     train = arrays.pop("training_set")
-    notes: list[str] = []
-    if train[:, 0].max() < NUM_CLASSES <= train[:, 1].max():
+    if train[:, 0].max() < NUM_CLASSES and (train[:, 1] >= NUM_CLASSES).mean() > 0.5:
         raise UserError(f"{path}: training_set[:, 0] looks like the labels and [:, 1] like the images; "
                         "swap them: training_set[:, ::-1]")
-    images = _to_uint8(train[:, 0], f"{path}: training_set[:, 0]", notes)
-    data = Data(path, digest, images, _to_labels(train[:, 1], f"{path}: training_set[:, 1]"),
-                dtype=str(train.dtype), mean=float(images.mean()), std=max(1.0, float(images.std())), notes=notes)
-    del train  # the float64 original is eight times as large as what is kept
+    notes: list[str] = []
+    pictures = {f"{path}: training_set[:, 0]": train[:, 0]}
     if "test_set" in arrays:
-        data.test_images = _to_uint8(arrays.pop("test_set"), f"{path}: test_set", notes)
-        if "test_labels" in arrays:
-            data.test_labels = _to_labels(arrays.pop("test_labels"), f"{path}: test_labels")
+        pictures[f"{path}: test_set"] = arrays.pop("test_set")
     else:
         notes.append("no test_set in the file: the kit trains and scores, and writes no submission")
+    masks = _to_labels(train[:, 1], f"{path}: training_set[:, 1]")
+    images, *test = _to_uint8(pictures, notes)
+    data = Data(path, digest, images, masks, test[0] if test else None, dtype=str(train.dtype), notes=notes,
+                mean=float(images.mean()), std=max(1.0, float(images.std())))
+    if test and "test_labels" in arrays:
+        data.test_labels = _to_labels(arrays["test_labels"], f"{path}: test_labels")
     _check_content(data)
     return data
 
@@ -226,28 +231,40 @@ def _check_shapes(path: Path, headers: dict) -> None:
                         "the shape of test_set")
 
 
-def _to_uint8(images: np.ndarray, name: str, notes: list[str]) -> np.ndarray:
-    """Return images of any numeric dtype as contiguous uint8 0..255, in chunks; UserError on NaN or inf."""
-    if images.dtype == np.uint8:
-        return np.ascontiguousarray(images)
+def _grey_range(images: np.ndarray, name: str) -> tuple[float, float]:
+    """Return the least and greatest value, in chunks; UserError on NaN or inf."""
     lo, hi = np.inf, -np.inf
     for i in range(0, len(images), 256):
         chunk = images[i:i + 256]
         bad = ~np.isfinite(chunk)
         if bad.any():
-            at = np.unique(np.nonzero(bad)[0]) + i
-            raise UserError(f"{name}: NaN or infinite pixels, first in image {at[0]} ({bad.sum()} pixels "
-                            f"among images {i} to {i + len(chunk) - 1}); replace or drop them")
+            raise UserError(f"{name}: NaN or infinite pixels, first in image {i + np.nonzero(bad)[0][0]}; "
+                            "replace them or drop the image")
         lo, hi = min(lo, float(chunk.min())), max(hi, float(chunk.max()))
-    fraction = images.dtype.kind in "bf" and lo >= 0 and hi <= 1
-    low, scale = (0.0, 255.0) if fraction else (0.0, 1.0)
-    if lo < 0 or hi > 255:  # uint16, or standardised floats
-        low, scale = min(lo, 0.0), 255.0 / (hi - min(lo, 0.0))
-    if scale != 1 or low != 0:
-        notes.append(f"{name}: values {lo:g} to {hi:g} ({images.dtype}) mapped to 0..255")
-    out = np.empty(images.shape, np.uint8)
-    for i in range(0, len(images), 256):
-        out[i:i + 256] = np.rint((images[i:i + 256].astype(np.float64) - low) * scale).clip(0, 255)
+    return lo, hi
+
+
+def _to_uint8(arrays: dict[str, np.ndarray], notes: list[str]) -> list[np.ndarray]:
+    """Return images, name → array of any numeric dtype, as contiguous uint8 0..255.
+
+    Fractions 0..1 are multiplied by 255; values outside 0..255 (uint16, standardised floats) are mapped with
+    one line for all arrays, so that training and test images stay comparable.
+    """
+    ranges = {name: _grey_range(images, name) for name, images in arrays.items()}
+    unit = {name for name, (lo, hi) in ranges.items()
+            if arrays[name].dtype.kind in "bf" and lo >= 0 and hi <= 1}
+    others = [ends for name, ends in ranges.items() if name not in unit] or [(0.0, 255.0)]
+    low, high = min(0.0, min(lo for lo, _ in others)), max(hi for _, hi in others)
+    shared = (low, 255 / (high - low)) if low < 0 or high > 255 else (0.0, 1.0)
+    out = []
+    for name, images in arrays.items():
+        zero, scale = (0.0, 255.0) if name in unit else shared
+        if (zero, scale) != (0.0, 1.0):
+            notes.append(f"{name}: values {ranges[name][0]:g} to {ranges[name][1]:g} mapped to 0..255")
+        out.append(np.empty(images.shape, np.uint8))
+        for i in range(0, len(images), 256):
+            chunk = images[i:i + 256].astype(np.float64)
+            out[-1][i:i + 256] = np.rint((chunk - zero) * scale).clip(0, 255)
     return out
 
 
@@ -331,19 +348,28 @@ def read_picture(path: str | Path) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- 3. folds
 
 
+def rare_classes(masks: np.ndarray) -> np.ndarray:
+    """Return which classes are rare, bool (NUM_CLASSES,): present, on under 2 % of the labelled pixels."""
+    counts = np.bincount(masks.ravel(), minlength=NUM_CLASSES)
+    counts[0] = 0
+    return (counts > 0) & (counts < 0.02 * counts.sum())
+
+
 def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return the fold of each image, int (N,); fold k validates the network trained on all others.
 
-    Stratified by "holds a rare class" (under 2 % of pixels) and by dominant class, because 6 rock images in a
-    validation set decide nothing. Equal images share a fold. folds = 1 is one split: 15 % are fold 0, the
-    rest -1 and never validated.
+    Stratified by "holds a rare class" and by dominant class, because 6 rock images in a validation set decide
+    nothing. Equal images share a fold. folds = 1 is one split: 15 % are fold 0, the rest -1 and never
+    validated. Raises UserError if there are fewer different images than folds.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 7]))
     counts = np.stack([(masks == c).sum((1, 2)) for c in range(NUM_CLASSES)], 1)
-    rare = (counts[:, counts.sum(0) < 0.02 * counts.sum()] > 0).any(1)
+    rare = (counts[:, rare_classes(masks)] > 0).any(1)
     stratum = counts.argmax(1) + NUM_CLASSES * rare
     _, group = np.unique(images.reshape(len(images), -1), axis=0, return_inverse=True)
     _, first = np.unique(group, return_index=True)  # one image stands for its copies
+    if len(first) < max(2, folds):
+        raise UserError(f"--folds {folds}: the training set has only {len(first)} different images")
     order = rng.permutation(first)
     order = order[np.argsort(stratum[order], kind="stable")]
     of_order = np.arange(len(order)) % (folds if folds > 1 else 7)  # every 7th is 14.3 %
@@ -505,13 +531,13 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: 
     Source: Lin et al. 2017, equation 5 (the paper's equation 1).
     """
     counted = target != ignore_index
-    log_probs = F.log_softmax(logits.float(), 1)
-    log_p = log_probs.gather(1, torch.where(counted, target, 0).long()[:, None])[:, 0]
+    target = torch.where(counted, target, 0).long()
+    log_p = F.log_softmax(logits.float(), 1).gather(1, target[:, None])[:, 0]
     loss = -alpha * log_p
     if gamma:
         # clamped: (1 - p)^γ has an infinite slope at p = 1 for γ < 1, and inf × 0 is NaN
         loss = loss * (-torch.expm1(log_p)).clamp_min(1e-6) ** gamma
-    scale = counted.float() if weight is None else weight[target.long().clamp_min(0)] * counted
+    scale = counted.float() if weight is None else weight[target] * counted
     return (loss * scale).sum() / scale.sum().clamp_min(1e-6)
 
 
@@ -583,7 +609,53 @@ def iou_scores(confusion: np.ndarray, ignore_class: int | None = 0) -> tuple[flo
     return (float(np.nanmean(iou)) if (union > 0).any() else float("nan")), iou
 
 
+def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, folds: int) -> dict:
+    """Return both metrics of out-of-fold labels, pooled over the first folds, and the spread over folds."""
+    each = [confusion_matrix(truth[fold_of == k], labels[fold_of == k]) for k in range(folds)]
+    miou, iou = iou_scores(sum(each))
+    mious = [iou_scores(one)[0] for one in each]
+    return {"miou": miou, "iou": iou.tolist(), "paper_miou": iou_scores(sum(each), None)[0],
+            "fold_miou": mious, "fold_std": float(np.std(mious)), "confusion": sum(each).tolist()}
+
+
 # ---------------------------------------------------------------------------------------- 9. engine
+
+
+def option(default, text: str, valid=None):
+    """Return a dataclass field that parse_flags makes a flag of; valid, a check, by default numbers ≥ 0."""
+    return field(default=default, metadata={"help": text, "valid": valid})
+
+
+def parse_flags(config: type, argv: list[str], description: str) -> dict:
+    """Return field → value of the flags given in argv, for a dataclass whose flags are made by option().
+
+    A true-or-false field has the flag that turns it over. Raises UserError for a flag that does not exist,
+    with the nearest that does, and for a value out of range.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def complain(message: str):
+        raise UserError(message + "; see --help")
+    parser.error = complain
+    fields = {f.name: f for f in dataclasses.fields(config) if f.metadata}
+    for name, f in fields.items():
+        flag, kind = name.replace("_", "-"), {"type": type(f.default), "metavar": str(f.default) or "FILE"}
+        if isinstance(f.default, bool):
+            flag, kind = "no-" * f.default + flag, {"action": "store_const", "const": not f.default}
+        parser.add_argument("--" + flag, dest=name, help=f.metadata["help"], default=argparse.SUPPRESS,
+                            **kind)
+    known = list(parser._option_string_actions)
+    for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, 1, 0.4)
+            complain(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        valid = fields[name].metadata["valid"] or (lambda v: isinstance(v, str) or 0 <= v < float("inf"))
+        if not valid(value):
+            complain(f"--{name.replace('_', '-')} {value}: out of range")
+    return given
 
 
 def pick_device(name: str = "auto") -> tuple[torch.device, str]:
@@ -642,6 +714,23 @@ def generator(device: torch.device, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
+class Clock:
+    """Counts the seconds of a run over all its starts, and holds them against --max-hours."""
+
+    def __init__(self, path: Path, max_hours: float):
+        self.path, self.limit, self.start = path, max_hours * 3600, time.monotonic()
+        self.before = json.loads(path.read_text())["seconds"] if path.exists() else 3.0  # importing torch
+
+    def used(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def left(self) -> float:
+        return self.limit - self.used()
+
+    def save(self) -> None:
+        write_json(self.path, {"seconds": self.used()})
+
+
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move ema's weights and batch-norm statistics a step of 1 - decay towards model's; decay 0 copies them.
@@ -696,7 +785,8 @@ def atomic_write(path: Path):
 
 
 def write_json(path: Path, value) -> None:
-    """Write value as JSON, atomically."""
+    """Write value as JSON, atomically; NaN, which JSON has not, as null."""
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
     with atomic_write(path) as f:
         f.write(json.dumps(value, indent=1).encode())
 
@@ -726,8 +816,10 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
         except FileNotFoundError:
             continue
         if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-            return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
-        log(f"{candidate}: damaged (its checksum is wrong); going on from the one before it")
+            with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
+                return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
+        log(f"{candidate}: damaged; going on from the one before it, or from the start")
+        candidate.unlink()  # or the next save would keep it in the good one's place
     return None
 
 

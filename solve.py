@@ -11,11 +11,9 @@ This file is what we decided; what is true of the task is in lib.py.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import json
 import os
 import platform
@@ -31,55 +29,46 @@ import pandas as pd
 import torch
 
 import lib
-from lib import NUM_CLASSES, UserError
+from lib import NUM_CLASSES, UserError, option
 
 # ---------------------------------------------------------------------------------------- configuration
 
 
-def opt(default, text: str, valid=lambda value: value >= 0):
-    """Return a dataclass field that is also a command-line flag, with its help and its check."""
-    return field(default=default, metadata={"help": text, "valid": valid})
-
-
-def anything(_) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Config:
-    """Every choice of a run. Fields made by opt() are flags."""
+    """Every choice of a run. Fields made by option() are flags."""
 
     # input and output
-    data: str = opt("data", "the competition's .npz, or the folder that holds it", anything)
-    out: str = opt("submission", "folder for everything that is written", anything)
-    recipe: str = opt("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
-    max_hours: float = opt(11.0, "a submission exists before this many hours are over")
-    seed: int = opt(0, "seed of folds, weights and augmentation")
-    fresh: bool = opt(False, "throw away the state of an earlier run in --out", anything)
+    data: str = option("data", "the competition's .npz, or the folder that holds it")
+    out: str = option("submission", "folder for everything that is written")
+    recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
+    max_hours: float = option(11.0, "a submission exists before this many hours are over")
+    seed: int = option(0, "seed of folds, weights and augmentation")
+    fresh: bool = option(False, "throw away the state of an earlier run in --out")
     # cleaning
-    clean: bool = opt(True, "keep intruders in the training set", anything)
-    witnesses: str = opt(",".join(lib.WITNESSES), "who may accuse an image of being an intruder",
+    clean: bool = option(True, "keep intruders in the training set")
+    witnesses: str = option(",".join(lib.WITNESSES), "who may accuse an image of being an intruder",
                          lambda value: set(value.split(",")) <= set(lib.WITNESSES))
-    template: str = opt("", "picture of an intruder, instead of the one discovered", anything)
+    template: str = option("", "picture of an intruder, instead of the one discovered")
     # engine
-    device: str = opt("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?$").match)
-    precision: str = opt("auto", "auto, bfloat16, float16 or float32",
-                         ("auto", "bfloat16", "float16", "float32").__contains__)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
+    precision: str = option("auto", "auto, bfloat16, float16 or float32",
+                                ("auto", "bfloat16", "float16", "float32").__contains__)
     # size of the work; 0: planned from the measured speed and --max-hours
-    folds: int = opt(0, "networks a stage, each validated on its own part; 1: one 15 %% split; 0: planned")
-    width: int = opt(0, "channels of the first level (the paper: 64); 0: planned")
-    epochs: int = opt(0, "epochs of each network of each stage; 0: planned")
-    stages: int = opt(2, "1: no second stage", (1, 2).__contains__)
+    folds: int = option(0, "networks a stage, each validated on its own part; 1: one 15 %% split; 0: planned")
+    width: int = option(0, "channels of the first level (the paper: 64); 0: planned")
+    epochs: int = option(0, "epochs of each network of each stage; 0: planned")
+    stages: int = option(2, "1: no second stage", (1, 2).__contains__)
     # training
-    batch_size: int = opt(32, "images a step", lambda value: value > 0)
-    lr: float = opt(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
-    gamma: float = opt(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    alpha: float = opt(1.0, "focal loss: factor α", lambda value: value > 0)
-    rare_weight: float = opt(2.0, "loss weight of classes under 2 %% of the pixels", lambda value: value > 0)
-    rare_repeat: int = opt(4, "how often an epoch shows the images that hold such a class", lambda v: v > 0)
-    paste: float = opt(0.25, "share of images that get patches of such a class", lambda v: 0 <= v <= 1)
-    patience: int = opt(20, "epochs without a better validation before stopping", lambda value: value > 0)
-    ema_decay: float = opt(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
+    batch_size: int = option(32, "images a step", lambda value: value > 0)
+    lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
+    gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
+    alpha: float = option(1.0, "focal loss: factor α", lambda value: value > 0)
+    rare_weight: float = option(2.0, "loss weight of classes under 2 %% of the pixels", lambda v: v > 0)
+    rare_repeat: int = option(4, "how often an epoch shows images that hold such a class", lambda v: v > 0)
+    paste: float = option(0.25, "share of images that get patches of such a class", lambda v: 0 <= v <= 1)
+    patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
+    ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
     background: bool = False      # is label 0 learnt and predicted, or ignored and never predicted
     refine: str = "correct"       # stage 2 corrects stage 1's log-probabilities, or fills in its "background"
@@ -95,62 +84,20 @@ class Config:
 
 
 PAPER = dict(folds=1, lr=5e-4, gamma=3.0, alpha=0.25, rare_weight=1.0, rare_repeat=1, patience=25,
-             ema_decay=0.0, background=True, refine="background", select="loss", geometric=(0.2, 0.2, 60.0), light=0.2,
-             flip_vertical=True, tta=False, most_epochs=300, weight_decay=0.0, cooldown=0.0,
-             level_weights=(0.2, 0.3, 0.5))
+             ema_decay=0.0, background=True, refine="background", select="loss",
+             geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False,
+             most_epochs=300, weight_decay=0.0, cooldown=0.0, level_weights=(0.2, 0.3, 0.5))
 
 
 def parse(argv: list[str]) -> Config:
-    """Return the Config that the flags stand for; UserError with the nearest flag for one that is none."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def complain(message: str):
-        raise UserError(message + "; see --help")
-    parser.error = complain
-    flags = [f for f in dataclasses.fields(Config) if f.metadata]
-    for f in flags:
-        name, text = f.name.replace("_", "-"), f.metadata["help"]
-        if isinstance(f.default, bool):
-            parser.add_argument(f"--no-{name}" if f.default else f"--{name}", dest=f.name, help=text,
-                                action="store_const", const=not f.default, default=argparse.SUPPRESS)
-        else:
-            parser.add_argument(f"--{name}", type=type(f.default), metavar=str(f.default) or "FILE",
-                                help=text, default=argparse.SUPPRESS)
-    known = list(parser._option_string_actions)
-    for word in argv:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and flag not in known:
-            near = difflib.get_close_matches(flag, known, 1, 0.4)
-            complain(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
-    given = vars(parser.parse_args(argv))
+    """Return the Config that the flags stand for; UserError for one that is unknown or out of range."""
+    given = lib.parse_flags(Config, argv, __doc__)
     if "data" not in given and Path("/kaggle/input").is_dir():
         given["data"] = "/kaggle/input"
-    for f in flags:
-        value = given.get(f.name, f.default)
-        if value != value or not f.metadata["valid"](value):  # NaN passes no comparison
-            complain(f"--{f.name.replace('_', '-')} {value}: expected {f.metadata['help'].replace('%%', '%')}")
     return Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
 
 
 # ---------------------------------------------------------------------------------------- one run's facts
-
-
-class Clock:
-    """Counts the seconds of a run over all its starts, and holds them against --max-hours."""
-
-    def __init__(self, path: Path, max_hours: float):
-        self.path, self.limit, self.start = path, max_hours * 3600, time.monotonic()
-        self.before = json.loads(path.read_text())["seconds"] if path.exists() else 3.0  # importing torch
-
-    def used(self) -> float:
-        return self.before + time.monotonic() - self.start
-
-    def left(self) -> float:
-        return self.limit - self.used()
-
-    def save(self) -> None:
-        lib.write_json(self.path, {"seconds": self.used()})
 
 
 @dataclass
@@ -158,7 +105,7 @@ class Run:
     """What every part of a run needs to know. Images and masks are those that the cleaning kept."""
 
     cfg: Config
-    clock: Clock
+    clock: lib.Clock
     device: torch.device
     dtype: torch.dtype
     data: lib.Data
@@ -169,6 +116,11 @@ class Run:
     plan: dict = field(default_factory=dict)
     fold_of: np.ndarray | None = None
     histories: dict = field(default_factory=dict)  # (stage, fold) → list of epochs, for the report
+    loss_args: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        weight = torch.where(self.is_rare, self.cfg.rare_weight, 1.0)[self.first_class:]
+        self.loss_args = {"gamma": self.cfg.gamma, "alpha": self.cfg.alpha, "weight": weight}
 
     @property
     def out(self) -> Path:
@@ -252,37 +204,44 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
     return x.contiguous(memory_format=torch.channels_last), y
 
 
-def loss_arguments(run: Run) -> dict:
-    """Return focal_loss's arguments; targets count from the first class learnt, below it none is counted."""
-    weight = torch.where(run.is_rare, run.cfg.rare_weight, 1.0)[run.first_class:]
-    return {"gamma": run.cfg.gamma, "alpha": run.cfg.alpha, "weight": weight, "ignore_index": -1}
+def new_training(run: Run, stage: int, fold: int) -> dict:
+    """Return everything that training changes, by name: model, ema, optimizer, scheduler, scaler."""
+    cfg, model = run.cfg, build_network(run, stage, fold)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
+        optimizer, "max", factor=0.6, patience=cfg.patience * 7 // 25, min_lr=1e-6)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    return {"model": model, "ema": copy.deepcopy(model), "optimizer": optimizer, "scheduler": scheduler,
+            "scaler": scaler}
 
 
-def train_one_epoch(run: Run, model, ema, optimizer, scaler, view: View, targets: torch.Tensor,
-                    train_index: torch.Tensor, key: tuple[int, ...]) -> float:
+def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, train_index: torch.Tensor,
+                    key: tuple[int, ...]) -> float:
     """Train on every image, on rare ones rare_repeat times, in the order of key = (stage, fold, epoch).
 
     Returns the mean loss. Nothing waits for the device inside.
     """
     cfg, gen = run.cfg, lib.generator(run.device, run.cfg.seed, *key)
+    model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     donors = train_index[run.is_rare[targets[train_index].clamp_min(0).int()].flatten(1).any(1)]
     order = torch.cat([train_index, donors.repeat(cfg.rare_repeat - 1)])
     order = order[torch.randperm(len(order), device=run.device, generator=gen)]
     batch_size = min(cfg.batch_size, max(4, len(order) // 16))  # few images: smaller steps, not fewer
-    loss_args, total, steps = loss_arguments(run), torch.zeros((), device=run.device), 0
+    total, steps = torch.zeros((), device=run.device), 0
     model.train()
     for index in order.split(batch_size):
         x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
-        loss = lib.deep_supervision_loss(logits, y.long() - run.first_class, cfg.level_weights, **loss_args)
+        target = y.long() - run.first_class  # background or -1 fall below the first class learnt: ignored
+        loss = lib.deep_supervision_loss(logits, target, cfg.level_weights, **run.loss_args)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0, foreach=True)
         scaler.step(optimizer)
         scaler.update()
-        lib.update_ema(ema, model, cfg.ema_decay)
+        lib.update_ema(parts["ema"], model, cfg.ema_decay)
         total, steps = total + loss.detach(), steps + 1
         if run.clock.left() < 0:
             break  # the budget is a promise, even inside an epoch
@@ -293,14 +252,14 @@ def train_one_epoch(run: Run, model, ema, optimizer, scaler, view: View, targets
 def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Tensor) -> dict:
     """Return the validation's "val_loss", mean over images, and "score", the competition's mean IoU."""
     model.eval()
-    loss_args, loss = loss_arguments(run), torch.zeros((), device=run.device)
+    loss = torch.zeros((), device=run.device)
     confusion = torch.zeros(NUM_CLASSES ** 2, dtype=torch.int64, device=run.device)
     for part in index.split(64):
         y = targets[part].long()
         with lib.autocast(run.device, run.dtype):
             x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
             logits = model(x)[0]
-        loss += lib.focal_loss(logits, y - run.first_class, **loss_args) * len(part)
+        loss += lib.focal_loss(logits, y - run.first_class, **run.loss_args) * len(part)
         pair = y * NUM_CLASSES + logits.argmax(1) + run.first_class
         confusion += torch.bincount(pair[y >= 0], minlength=NUM_CLASSES ** 2)
     confusion = confusion.reshape(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
@@ -315,41 +274,35 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
     """
     cfg, path = run.cfg, run.checkpoint(stage, fold)
     train_index, val_index = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
-    model = build_network(run, stage, fold)
-    ema = copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
-        optimizer, "max", factor=0.6, patience=cfg.patience * 7 // 25, min_lr=1e-6)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    parts = {"model": model, "ema": ema, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    parts = new_training(run, stage, fold)
+    ema = parts["ema"]
     state = lib.load_checkpoint(path)
     if state is None:
         affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
         state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
                  "best": None, "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
-        if model.residual:  # the untouched prior is a candidate too
+        if ema.residual:  # the untouched prior is a candidate too
             state["best"] = copy.deepcopy(ema.state_dict())
             state["best_figure"] = sign * evaluate(run, ema, view, targets, val_index)[chosen]
     elif not state["finished"]:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
     history = run.histories[stage, fold] = state["history"]
+    group = parts["optimizer"].param_groups[0]
     while not state["finished"]:
         epoch, start = len(history) + 1, time.monotonic()
-        group = optimizer.param_groups[0]
         rate = group["lr"]
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
-        loss = train_one_epoch(run, model, ema, optimizer, scaler, view, targets, train_index,
-                               (stage, fold, epoch))
+        loss = train_one_epoch(run, parts, view, targets, train_index, (stage, fold, epoch))
         record = {"loss": loss, **evaluate(run, ema, view, targets, val_index), "lr": group["lr"]}
         group["lr"] = rate
         if not np.isfinite(loss + record["val_loss"]):
             raise UserError(f"stage {stage}, fold {fold}, epoch {epoch}: the loss is not finite; "
                             "try a smaller --lr")
-        figure = sign * record[chosen]
-        scheduler.step(figure)
+        figure = np.nan_to_num(sign * record[chosen], nan=-1.0)  # a fold without any labelled pixel
+        parts["scheduler"].step(figure)
         if state["best"] is None or figure > state["best_figure"]:
             state |= {"best": copy.deepcopy(ema.state_dict()), "best_figure": figure, "best_epoch": epoch}
         record["seconds"] = time.monotonic() - start
@@ -369,30 +322,18 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
 # ---------------------------------------------------------------------------------------- the plan
 
 
-def measure_speed(run: Run, width: int, steps: int = 5) -> float:
-    """Return the training speed, images/s, of a network of this width: the median of real steps after two."""
+def measure_speed(run: Run, width: int) -> float:
+    """Return the training speed, images/s, of a network of this width, from real steps after a first one."""
     run.plan["width"] = width
-    model = build_network(run, 1, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    gen, batch = lib.generator(run.device, 0), min(run.cfg.batch_size, len(run.images))
-    index, seconds = torch.arange(batch, device=run.device), []
-    for _ in range(steps + 2):
+    parts, index = new_training(run, 1, 0), torch.arange(min(len(run.images), 5 * run.cfg.batch_size))
+    for part in (index[:run.cfg.batch_size], index):
         start = time.perf_counter()
-        x, y = training_batch(run, View(run.images), run.masks, index, index, gen)
-        with lib.autocast(run.device, run.dtype):
-            logits = model(x)
-        lib.deep_supervision_loss(logits, y.long() - run.first_class, run.cfg.level_weights,
-                                  **loss_arguments(run)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        seconds.append(time.perf_counter() - start)
-    return batch / float(np.median(seconds[2:]))
+        train_one_epoch(run, parts, View(run.images), run.masks, part.to(run.device), (0, 0, 0))
+    return len(index) / (time.perf_counter() - start)
 
 
 # (folds, width, epochs of both stages together that it needs at least), best first. Five networks of width 16
-# beat one of width 32 at equal time: averaging gives 2 to 5 points, width little (0.48 M weights reached .732).
+# beat one of width 32 at equal time: averaging gives 2 to 5 points, width little (0.48 M parameters: .732).
 SIZES = ((5, 32, 40), (5, 24, 36), (5, 16, 18), (3, 16, 14), (3, 12, 10), (2, 12, 8), (2, 8, 0))
 
 
@@ -413,7 +354,7 @@ def make_plan(run: Run) -> dict:
     measured = cfg.width or 16
     speed = measure_speed(run, measured)
     for folds, width, least in SIZES:
-        folds, width = min(cfg.folds or folds, n), cfg.width or width
+        folds, width = cfg.folds or min(folds, n), cfg.width or width
         if cost(folds, speed * (measured / width) ** 1.7)[2] >= least:  # the exponent: 8 to 32 on a CPU
             break
     if width != measured:
@@ -447,8 +388,8 @@ def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: fl
 def predict(run: Run, model: lib.UNet, view: View, index=None) -> np.ndarray:
     """Return a network's probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of the images at index."""
     index = torch.arange(len(view.images), device=run.device) if index is None else index
-    return lib.predict_probs(model, lambda part: network_input(run, view, index[part]), len(index), run.device,
-                             run.dtype, run.first_class, run.cfg.tta)
+    return lib.predict_probs(model, lambda part: network_input(run, view, index[part]), len(index),
+                             run.device, run.dtype, run.first_class, run.cfg.tta)
 
 
 def out_of_fold(run: Run, models: list[lib.UNet], view: View) -> np.ndarray:
@@ -480,21 +421,6 @@ def second_view(run: Run, images: torch.Tensor, probs: np.ndarray) -> View:
     return View(images, torch.from_numpy(probs).to(run.device), cleaned)
 
 
-def score(run: Run, stage: int, labels: np.ndarray, folds: int) -> dict:
-    """Print and return both metrics of a stage's out-of-fold labels, pooled over the folds, and the spread."""
-    def confusion(chosen: np.ndarray) -> np.ndarray:
-        return lib.confusion_matrix(run.data.masks[chosen], labels[chosen])
-    pooled = confusion(np.isin(run.fold_of, range(folds)))
-    miou, iou = lib.iou_scores(pooled)
-    each = [lib.iou_scores(confusion(run.fold_of == k))[0] for k in range(folds)]
-    paper_miou = lib.iou_scores(pooled, None)[0]
-    print(f"stage {stage} out of fold: mean IoU {miou:.4f} ± {np.std(each):.4f} over folds;", ", ".join(
-        f"{name.lower()} {v:.3f}" for name, v in zip(lib.CLASSES[1:], iou[1:], strict=True)),
-        f"; with background, the paper's metric: {paper_miou:.4f}", flush=True)
-    return {"miou": miou, "iou": iou.tolist(), "paper_miou": paper_miou, "fold_miou": each,
-            "fold_std": float(np.std(each)), "confusion": pooled.tolist()}
-
-
 def predict_test(run: Run, stages: list[list[lib.UNet]],
                  chunk: int = 1000) -> tuple[list[np.ndarray], float]:
     """Return the test labels of each stage, uint8 (M, H, W), and the last stage's mean confidence.
@@ -509,10 +435,11 @@ def predict_test(run: Run, stages: list[list[lib.UNet]],
         sums = [np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16) for _ in stages]
         for networks in zip(*stages, strict=True):
             view = View(images)
-            for total, model in zip(sums, networks, strict=True):
+            for i, model in enumerate(networks):
                 probs = predict(run, model, view)
-                total += probs
-                view = second_view(run, images, probs)
+                sums[i] += probs
+                if i + 1 < len(networks):
+                    view = second_view(run, images, probs)
         previous = None
         for stage, total in zip(labels, sums, strict=True):
             previous = final_masks(run, total, previous)
@@ -536,7 +463,7 @@ def open_run(cfg: Config) -> Run:
         if cfg.max_hours == Config.max_hours:
             cfg = dataclasses.replace(cfg, max_hours=SAMPLE_HOURS)
     state = open_state(cfg, data.sha256)
-    clock = Clock(state / "clock.json", cfg.max_hours)
+    clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
     outlier_images = clean(cfg, state, data)
     device, why = lib.pick_device(cfg.device)
@@ -546,20 +473,18 @@ def open_run(cfg: Config) -> Run:
     else:
         dtype, why_dtype = lib.pick_precision(device)
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})")
-    counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
-    is_rare = torch.from_numpy((counts > 0) & (counts < 0.02 * counts[1:].sum()))
-    is_rare[0] = False
     run = Run(cfg, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
-              torch.from_numpy(data.masks.astype(np.int8)).to(device), is_rare.to(device), outlier_images)
+              torch.from_numpy(data.masks.astype(np.int8)).to(device),
+              torch.from_numpy(lib.rare_classes(data.masks)).to(device), outlier_images)
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
     run.plan = plan
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed)
     seconds = plan["folds"] * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + plan["predict_seconds"]
-    print(f"plan: {plan['folds']} folds, width {plan['width']}, at most {plan['epochs'][0]} + {plan['epochs'][1]} "
-          f"epochs, {plan['train_images_per_second']:.0f} training images/s: about {seconds / 60:.1f} of the "
-          f"{clock.left() / 60:.1f} minutes left", flush=True)
+    print(f"plan: {plan['folds']} folds, width {plan['width']}, at most {plan['epochs'][0]} + "
+          f"{plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training images/s: "
+          f"about {seconds / 60:.1f} of the {clock.left() / 60:.1f} minutes left", flush=True)
     return run
 
 
@@ -572,7 +497,7 @@ def open_state(cfg: Config, sha256: str) -> Path:
     except OSError as e:
         raise UserError(f"--out {cfg.out}: cannot be written ({e.strerror}); choose another folder") from None
     if cfg.fresh:
-        for file in state.iterdir():
+        for file in filter(Path.is_file, state.iterdir()):
             file.unlink()
     identity = {"data_sha256": sha256, **dataclasses.asdict(cfg)}
     for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
@@ -618,7 +543,7 @@ def solve(cfg: Config) -> dict:
     view, targets = View(run.images), run.masks
     stages, labels, metrics = [], [], {"recipe": cfg.recipe, **{
         k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
-    for stage in range(1, 1 + (run.plan["epochs"][1] > 0) + 1):
+    for stage in (1, 2) if run.plan["epochs"][1] else (1,):
         used = run.clock.used()
         models = train_stage(run, stage, view, targets, used + (end - used) * (share if stage == 1 else 1))
         if stage == 2 and len(models) < run.folds:
@@ -626,13 +551,16 @@ def solve(cfg: Config) -> dict:
         probs = out_of_fold(run, models, view)
         stages.append(models)
         labels.append(final_masks(run, probs, labels[-1] if labels else None))
-        result = score(run, stage, labels[-1], len(models))
+        result = lib.fold_scores(run.data.masks, labels[-1], run.fold_of, len(models))
         metrics |= {f"stage{stage}_{k}": v for k, v in result.items()}
+        print(f"stage {stage} out of fold: mean IoU {result['miou']:.4f} ± {result['fold_std']:.4f},"
+              f" the paper's {result['paper_miou']:.4f}; classes {np.round(result['iou'][1:], 3)}", flush=True)
         if len(models) < run.folds:
             break
-        view = second_view(run, run.images, probs)
-        if cfg.refine == "background":
-            targets = torch.where(view.cleaned == 0, run.masks, -1)
+        if stage == 1:
+            view = second_view(run, run.images, probs)
+            if cfg.refine == "background":
+                targets = torch.where(view.cleaned == 0, run.masks, -1)
     if cfg.refine == "correct" and metrics.get("stage2_miou", 1) < metrics["stage1_miou"]:
         print("stage 2 is below stage 1 out of fold: stage 1 is submitted")
         stages.pop()
@@ -675,18 +603,11 @@ def write_report(run: Run, metrics: dict, labels: list[np.ndarray], probs: np.nd
                      run.outlier_images)
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised wherever the run is: every file is written atomically, so the last epoch is safe."""
-
-
-def terminate(*_):
-    raise Terminated
-
-
 def main(argv: list[str]) -> int:
     """Run the command line argv; return its exit status: 0, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
+    before = None
     with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
-        signal.signal(signal.SIGTERM, terminate)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if int(os.environ.get("RANK", 0)) > 0:
             print("this version trains on one process: this rank has nothing to do")
@@ -695,15 +616,21 @@ def main(argv: list[str]) -> int:
         for key, value in solve(cfg).items():
             if "confusion" not in key:
                 print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
-        for file in sorted(Path(cfg.out).expanduser().glob("*.*")):
-            print(f"written: {file}")
+        for name in ("submission.csv", "submission.zip", "report.html", "metrics.json", "outliers.csv"):
+            if (file := Path(cfg.out).expanduser() / name).exists():
+                print(f"written: {file}")
         return 0
     except UserError as e:
         print(f"solve.py: {e}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, Terminated) as e:
-        print("solve.py: stopped; the same command goes on from the last epoch", file=sys.stderr)
-        return 130 if isinstance(e, KeyboardInterrupt) else 143
+    except (KeyboardInterrupt, SystemExit) as e:
+        status = 130 if isinstance(e, KeyboardInterrupt) else e.code
+        if status:  # --help leaves with 0
+            print("solve.py: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        return status
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

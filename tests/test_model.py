@@ -1,0 +1,296 @@
+"""The network, its loss and the averaged weights."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lib
+
+# ------------------------------------------------------------------------------ network
+
+
+def published_parameters(in_channels, classes, width):
+    """Count the paper's U-Net in closed form: weights and biases of every layer, from the published structure."""
+    def block(i, o):
+        return 9 * i * o + 9 * o * o + 2 * 2 * o  # two 3×3 convolutions; batch norm's scale and shift
+    widths = [width, 2 * width, 4 * width, 8 * width]
+    encoder = block(in_channels, width) + sum(block(w, 2 * w) for w in widths)  # the last is the bottleneck
+    decoder = 0
+    for w in widths:
+        decoder += 4 * 2 * w * w + w    # transposed 2×2 up
+        decoder += w + 1                # gate: 1×1 to one channel
+        decoder += w * w + w            # 1×1 of the decoder's features
+        decoder += block(2 * w, w)
+        decoder += w * classes + classes  # head
+    return encoder + decoder
+
+
+def test_the_papers_network_has_its_size():
+    """UNet(1, 5, 64) has the 31,391,320 parameters that the published structure gives (31.4 M in the paper)."""
+    with torch.device("meta"):
+        model = lib.UNet(1, 5, 64)
+    assert sum(p.numel() for p in model.parameters()) == published_parameters(1, 5, 64) == 31_391_320
+
+
+@pytest.mark.parametrize("channels,classes,width", [(2, 5, 16), (1, 4, 8), (6, 4, 3)])
+def test_other_sizes_follow_the_same_formula(channels, classes, width):
+    """--width scales every level alike; more input channels touch the first convolution only."""
+    model = lib.UNet(channels, classes, width)
+    assert sum(p.numel() for p in model.parameters()) == published_parameters(channels, classes, width)
+    assert [block[0].out_channels for block in model.encoder] == [width * 2 ** i for i in range(5)]
+
+
+@pytest.mark.parametrize("h,w", [(64, 128), (65, 127), (1, 1), (16, 17), (3, 200)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_any_size_in_same_size_out(h, w, residual):
+    """Fault 19: the full-size logits have the input's height and width; in evaluation they are the only ones."""
+    model = lib.UNet(2, 4, 2, residual=residual).eval()
+    out = model(torch.randn(2, 6 if residual else 2, h, w))
+    assert [o.shape for o in out] == [(2, 4, h, w)] and out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("h,w", [(64, 128), (65, 127)])
+def test_training_gives_the_inner_outputs(h, w):
+    """In training three inner outputs follow, 1/2, 1/4 and 1/8 of the size padded to a multiple of 16."""
+    shapes = [tuple(o.shape) for o in lib.UNet(1, 5, 2)(torch.randn(2, 1, h, w))]
+    ph, pw = -(-h // 16) * 16, -(-w // 16) * 16
+    assert shapes == [(2, 5, h, w), *((2, 5, ph // s, pw // s) for s in (2, 4, 8))]
+
+
+def test_padding_does_not_shift():
+    """The answer for a 60×120 image is the corner of the answer for that image continued by its border."""
+    model = lib.UNet(1, 3, 2).eval()
+    x = torch.randn(1, 1, 60, 120)
+    torch.testing.assert_close(model(x)[0], model(F.pad(x, (0, 8, 0, 4), mode="replicate"))[0][..., :60, :120])
+
+
+def test_every_parameter_gets_a_gradient():
+    """No layer hangs loose: after one loss over all outputs every parameter has a gradient other than zero."""
+    torch.manual_seed(0)
+    model = lib.UNet(1, 4, 4)
+    sum(o.square().mean() for o in model(torch.randn(2, 1, 32, 64))).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_gate_by_hand():
+    """A gate of zeros halves every skip channel alike; an identity 1×1 passes the decoder's positive part."""
+    join = lib.GatedSkip(2)
+    for p in join.parameters():
+        torch.nn.init.zeros_(p)
+    join.mix.weight.data[:, :, 0, 0] = torch.eye(2)
+    skip, x = torch.full((1, 2, 3, 5), 6.0), torch.tensor([-1.0, 7.0])[None, :, None, None].expand(1, 2, 3, 5)
+    out = join(skip, x)
+    assert out.shape == (1, 4, 3, 5)
+    assert out[0, :, 1, 1].tolist() == [3, 3, 0, 7]
+
+
+def test_gate_has_one_channel_and_looks_at_the_encoder():
+    """The gate is one map from the skip itself: where it closes, every encoder channel is dark."""
+    join = lib.GatedSkip(3)
+    assert join.gate.weight.shape == (1, 3, 1, 1) and join.mix.weight.shape == (3, 3, 1, 1)
+    torch.nn.init.constant_(join.gate.weight, -100.0)
+    skip = torch.ones(1, 3, 2, 2)
+    skip[..., 0, 0] = -1
+    out = join(skip, torch.randn(1, 3, 2, 2))
+    assert (out[0, :3, 0, 0] == -1).all() and (out[0, :3, 1, 1].abs() < 1e-30).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_starts_exactly_at_the_prior(training):
+    """Before its first step the residual network returns the prior's log-probabilities, bit for bit."""
+    torch.manual_seed(0)
+    model = lib.UNet(2, 4, 4, residual=True).train(training)
+    x = torch.randn(2, 6, 33, 50)
+    out = model(x)
+    assert torch.equal(out[0], x[:, 2:])
+    if training:  # the inner outputs start at the prior's mean over their pixels
+        assert torch.equal(out[2][..., :8, :12], F.avg_pool2d(x[:, 2:], 4)[..., :8, :12])
+
+
+def test_residual_does_not_convolve_the_prior():
+    """The first convolution sees in_channels channels only, and the correction is learnt: heads get gradients."""
+    model = lib.UNet(2, 4, 4, residual=True)
+    assert model.encoder[0][0].in_channels == 2
+    model(torch.randn(2, 6, 32, 32))[0].square().mean().backward()
+    assert model.heads[0].weight.grad.abs().sum() > 0
+
+
+# ------------------------------------------------------------------------------ focal loss
+
+
+def test_focal_loss_by_hand():
+    """p = 0.5 and p = 0.8, γ = 2, α = ¼: (¼·½²·ln 2 + ¼·⅕²·ln 1.25) / 2; a third pixel is ignored."""
+    logits = torch.tensor([[0.0, math.log(4), 5.0], [0.0, 0.0, -3.0]])[None, :, None]  # (1, 2 classes, 1, 3)
+    target = torch.tensor([[[1, 0, -1]]])
+    want = (0.25 * 0.25 * math.log(2) + 0.25 * 0.04 * math.log(1.25)) / 2
+    assert lib.focal_loss(logits, target, 2.0, 0.25).item() == pytest.approx(want, rel=1e-6)
+
+
+def test_class_weights_by_hand():
+    """Weights 1 and 3: the mean is the weighted one, (1·ln 2 + 3·ln 5) / 4."""
+    logits = torch.tensor([[0.0, math.log(4)], [0.0, 0.0]])[None, :, None]
+    loss = lib.focal_loss(logits, torch.tensor([[[0, 1]]]), 0.0, weight=torch.tensor([1.0, 3.0]))
+    assert loss.item() == pytest.approx((math.log(2) + 3 * math.log(5)) / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 255])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.3, 2.0, 7.0, 1.5])])
+def test_gamma_0_is_cross_entropy(weight, ignore_index):
+    """γ = 0 and α = 1 is PyTorch's cross_entropy, value and gradient, with and without weights and ignored pixels."""
+    torch.manual_seed(0)
+    target = torch.randint(0, 5, (3, 6, 7))
+    target[torch.rand(3, 6, 7) < 0.3] = ignore_index
+    ours, theirs = (torch.randn(3, 5, 6, 7, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    one = lib.focal_loss(ours, target, 0.0, weight=weight, ignore_index=ignore_index)
+    two = F.cross_entropy(theirs, target, weight=weight, ignore_index=ignore_index)
+    torch.testing.assert_close(one, two)
+    one.backward()
+    two.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 3.0])
+def test_gradient_equals_the_formula_in_double(gamma):
+    """Value and gradient are those of -(1 - p)^γ log p, written plainly in float64."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(2, 4, 5, 5)).requires_grad_()
+    plain = logits.detach().double().requires_grad_()
+    target = torch.randint(0, 4, (2, 5, 5))
+    p = plain.softmax(1).gather(1, target[:, None])[:, 0]
+    want = (-(1 - p) ** gamma * p.log()).mean()
+    got = lib.focal_loss(logits, target, gamma)
+    want.backward()
+    got.backward()
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits.grad, plain.grad.float(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0])
+def test_finite_at_logits_of_200(gamma, dtype):
+    """Fault 31: at ±200, right and wrong, value and gradient are finite; right costs 0, wrong costs 400."""
+    logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], dtype=dtype)[None, :, None].requires_grad_()
+    right = lib.focal_loss(logits, torch.tensor([[[0, 1]]]), gamma)
+    wrong = lib.focal_loss(logits, torch.tensor([[[1, 0]]]), gamma)
+    assert right.item() == 0 and wrong.item() == 400
+    (right + wrong).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0, 0, 0, 0] > 0.4  # the wrong answer is still pushed away: half the mean's slope of 1
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0])])
+def test_no_counted_pixel_is_zero(weight):
+    """All pixels ignored: the loss is 0, its gradient 0, never NaN."""
+    logits = torch.randn(2, 2, 3, 3, requires_grad=True)
+    loss = lib.focal_loss(logits, torch.full((2, 3, 3), -1), 2.0, weight=weight)
+    loss.backward()
+    assert loss.item() == 0 and (logits.grad == 0).all()
+
+
+def test_ignored_pixels_get_no_gradient():
+    """The gradient is zero exactly where the target is ignored."""
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    target = torch.randint(0, 3, (1, 4, 4))
+    target[0, 1] = -1
+    lib.focal_loss(logits, target, 1.0).backward()
+    touched = logits.grad.abs().sum(1) > 0
+    assert torch.equal(touched, target >= 0)
+
+
+# ------------------------------------------------------------------------------ deep supervision
+
+
+def test_level_weights_by_hand():
+    """Logits of zero cost ln 2 on every level: the paper's weights give (1 + 0.2 + 0.3 + 0.5)·ln 2."""
+    logits = [torch.zeros(1, 2, 16 // 2 ** i, 32 // 2 ** i) for i in range(4)]
+    loss = lib.deep_supervision_loss(logits, torch.zeros(1, 16, 32).long(), (0.2, 0.3, 0.5), gamma=0.0)
+    assert loss.item() == pytest.approx(2.0 * math.log(2), rel=1e-6)
+
+
+def test_each_level_has_its_own_weight():
+    """Only one inner output is wrong by 10, -log p = 10 + ln(1 + e^-10): the loss shows that level's weight."""
+    for level, weight in zip((1, 2, 3), (0.2, 0.3, 0.5), strict=True):
+        logits = [torch.zeros(1, 2, 8 // 2 ** i, 8 // 2 ** i) for i in range(4)]
+        for out in logits:
+            out[:, 0] = 1000  # right, costs 0
+        logits[level][:, 0], logits[level][:, 1] = 0, 10
+        loss = lib.deep_supervision_loss(logits, torch.zeros(1, 8, 8).long(), (0.2, 0.3, 0.5), gamma=0.0)
+        assert loss.item() == pytest.approx(weight * (10 + math.log1p(math.exp(-10))), rel=1e-5)
+
+
+def test_coarse_targets_are_every_second_pixel():
+    """A lone labelled pixel at (1, 1) counts at full size and at half size, where it is pixel (0, 0), only."""
+    target = torch.full((1, 8, 8), -1)
+    target[0, 1, 1] = 0
+    logits = [torch.zeros(1, 2, 8 // 2 ** i, 8 // 2 ** i) for i in range(4)]
+    loss = lib.deep_supervision_loss(logits, target, (0.2, 0.3, 0.5), gamma=0.0)
+    assert loss.item() == pytest.approx(1.2 * math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("h,w", [(65, 127), (1, 1), (17, 16)])
+def test_odd_sizes_have_a_loss(h, w):
+    """Fault 19: outputs of the padded size against targets of an odd one give a finite loss and gradients."""
+    model = lib.UNet(1, 4, 2)
+    loss = lib.deep_supervision_loss(model(torch.randn(2, 1, h, w)), torch.randint(0, 4, (2, h, w)), (0.1, 0.1, 0.1),
+                                     gamma=2.0)
+    loss.backward()
+    assert loss.isfinite() and model.heads[0].weight.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------------ averaged weights
+
+
+def two_models(steps):
+    """Return an ema of zeros and a model of ones whose batch norms have counted this many steps."""
+    ema, model = lib.UNet(1, 2, 1), lib.UNet(1, 2, 1)
+    for net, value in ((ema, 0.0), (model, 1.0)):
+        for tensor in net.state_dict().values():
+            tensor.fill_(value if tensor.is_floating_point() else steps)
+    return ema, model
+
+
+@pytest.mark.parametrize("steps,decay,moved", [(1, 0.99, 9 / 11), (8, 0.99, 0.5), (10 ** 6, 0.99, 0.01), (8, 0.2, 0.8),
+                                               (10 ** 6, 0.0, 1.0)])
+def test_update_ema_by_hand(steps, decay, moved):
+    """After t steps it moves 1 - min(decay, (1 + t) / (10 + t)) of the way, running statistics included."""
+    ema, model = two_models(steps)
+    lib.update_ema(ema, model, decay)
+    for name, tensor in ema.state_dict().items():
+        want = moved if tensor.is_floating_point() else steps
+        torch.testing.assert_close(tensor, torch.full_like(tensor, want), msg=name)
+    assert all((t == 1).all() for t in model.state_dict().values() if t.is_floating_point())
+
+
+def test_decay_0_copies():
+    """decay 0 is no averaging: the copy answers as the model does, bit for bit."""
+    torch.manual_seed(0)
+    ema, model = lib.UNet(1, 3, 2), lib.UNet(1, 3, 2)
+    model(torch.randn(2, 1, 32, 32))
+    lib.update_ema(ema, model, 0.0)
+    x = torch.randn(1, 1, 32, 32)
+    assert torch.equal(ema.eval()(x)[0], model.eval()(x)[0])
+
+
+# ------------------------------------------------------------------------------ prediction
+
+
+class Ramp(torch.nn.Module):
+    """Logits that are a function of the pixel and of its column, so that mirroring matters."""
+
+    def forward(self, x):
+        column = torch.linspace(-1, 1, x.shape[-1]).expand_as(x)
+        return [torch.cat([x, 3 * column, -x], 1)]
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_probabilities_by_hand(tta):
+    """The softmax in steps of 1/255, mean with the mirrored copy's, in input order over batches of 2; class 0 stays 0."""
+    images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    got = lib.predict_probs(Ramp(), lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, 2)
+    probs = Ramp()(images)[0].softmax(1)
+    if tta:
+        probs = (probs + Ramp()(images.flip(-1))[0].softmax(1).flip(-1)) / 2
+    assert got.shape == (5, 4, 4, 6) and got.dtype == "uint8"
+    assert (got[:, 0] == 0).all()
+    assert (torch.from_numpy(got[:, 1:]) - probs * 255).abs().max() <= 0.501
