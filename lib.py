@@ -2,16 +2,17 @@
 
     1. data          find, check and load the competition's .npz, fingerprint
     2. outliers      three witnesses against intruders in the training set
-    3. folds         stratified, copies kept together
-    4. augmentation  whole batches on the device: flips, affine, light, pasted rare classes
-    5. network       the paper's U-Net: gated skips, deep supervision
-    6. loss          focal loss
-    7. morphology    opening and closing per class
-    8. metric        confusion matrix, the competition's mean IoU and the paper's
-    9. engine        flags, clock, device, precision, prediction
-    10. checkpoints  atomic files that know their own checksum
-    11. submission   the CSV as bytes, and its checker
-    12. report       one self-contained HTML page
+    3. frames        the camera frames, put back together from the shuffled tiles
+    4. folds         stratified, copies kept together
+    5. augmentation  whole batches on the device: flips, affine, light, pasted rare classes
+    6. network       the paper's U-Net: gated skips, deep supervision
+    7. loss          focal loss
+    8. morphology    opening and closing per class
+    9. metric        confusion matrix, the competition's mean IoU and the paper's
+    10. engine       flags, clock, device, precision, prediction
+    11. checkpoints  atomic files that know their own checksum
+    12. submission   the CSV as bytes, and its checker
+    13. report       one self-contained HTML page
 
 Arrays are NumPy on the host and torch on the device; images and masks are uint8 (N, H, W) everywhere.
 Nothing here decides anything: every choice is an argument, and solve.py makes it. Nothing runs at import.
@@ -27,6 +28,7 @@ import hashlib
 import html
 import io
 import json
+import math
 import os
 import pickle
 import time
@@ -38,6 +40,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import scipy.sparse
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -345,7 +348,304 @@ def read_picture(path: str | Path) -> np.ndarray:
     return picture
 
 
-# ---------------------------------------------------------------------------------------- 3. folds
+# ---------------------------------------------------------------------------------------- 3. frames
+
+
+_STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile at the right, left, below, above
+_LISTED = 10  # candidates a border keeps; the next six add 0.1 % of the true ones
+
+
+def _strips(tiles, vertical, cut=None):
+    """The four lines on either side of a border, outermost first: two (N, L, 4); of a cut through each tile if given."""
+    x = tiles.transpose(1, 2) if vertical else tiles
+    end, start = (x.shape[2], 0) if cut is None else (cut, cut)
+    return x[:, :, end - 4:end].flip(2), x[:, :, start:start + 4]
+
+
+def _log(strips):
+    return torch.log(strips.float() + 8)  # one weight for dark and sunlit frames; 8 keeps sensor noise of the dark small
+
+
+def _spectra(strips):
+    """Cosine spectra (N, L, 4), along the border, of three lines' log brightness and of the log roughness across it."""
+    lines = _log(strips)
+    rough = torch.log((lines[:, :, 0] - lines[:, :, 1]).abs() + 0.01)
+    x = torch.cat([lines[:, :, :3], rough[:, :, None]], 2)
+    k = torch.arange(x.shape[1], device=x.device)
+    basis = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5)) * math.sqrt(2 / len(k))
+    basis[0] /= math.sqrt(2)
+    return torch.einsum("fl,nlc->nfc", basis, x)
+
+
+def _fit_gaussian(pairs):
+    """Forms Q (L, 8, 8): z'Qz / 2 summed over frequencies is the log-likelihood ratio of "adjacent" to "unrelated"."""
+    z = [torch.cat([_spectra(a), _spectra(b)], 2).double() for a, b in pairs]
+    cov = sum(torch.einsum("nfk,nfl->fkl", x, x) / len(x) for x in z)
+    # nearby frequencies share their statistics; frequency 0, the mean brightness, stands alone
+    cov = torch.stack([cov[max(1, f - 3):f + 4].mean(0) if f else cov[0] for f in range(len(cov))])
+    trace = cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    cov = cov + 1e-6 * trace * torch.eye(8, device=cov.device, dtype=cov.dtype)
+    unrelated = cov.clone()
+    unrelated[:, :4, 4:] = unrelated[:, 4:, :4] = 0
+    return (torch.linalg.inv(unrelated) - torch.linalg.inv(cov)).float()
+
+
+def _candidates(a, b, form):
+    """Each border's likeliest partners: rows i of a, j of b (P,), and features (P, 10) of those pairs."""
+    x, y = _spectra(a), _spectra(b)
+    qx, qy = (torch.einsum("nfk,fkl,nfl->n", z, q, z) / 2 for z, q in ((x, form[:, :4, :4]), (y, form[:, 4:, 4:])))
+    x, y = torch.einsum("nfk,fkl->nfl", x, form[:, :4, 4:]).flatten(1), y.flatten(1)
+    rows, columns = [], (x.new_empty(len(y), 0), torch.empty(len(y), 0, dtype=torch.long, device=x.device))
+    for s in range(0, len(x), 1024):
+        score = torch.addmm(qy + qx[s:s + 1024, None], x[s:s + 1024], y.T)
+        rows.append(score.topk(min(_LISTED, len(y)), 1))
+        value, index = score.T.contiguous().topk(min(_LISTED, len(score)), 1)
+        value, index = torch.cat([columns[0], value], 1), torch.cat([columns[1], index + s], 1)
+        value, order = value.topk(min(_LISTED, value.shape[1]), 1)
+        columns = value, index.gather(1, order)
+    best, j = (torch.cat(part) for part in zip(*rows, strict=True))
+    i = torch.arange(len(x), device=x.device)[:, None].expand_as(j)
+    k = torch.arange(len(y), device=x.device)[:, None].expand_as(columns[1])
+    pairs = torch.unique(torch.cat([(i * len(y) + j).flatten(), (columns[1] * len(y) + k).flatten()]))
+    features = []
+    for p in pairs.split(8192):  # chunks bound the memory
+        i, j = p // len(y), p % len(y)
+        ratio = (x[i] * y[j]).sum(1) + qx[i] + qy[j]
+        margins = [_margin(ratio, best[i]), _margin(ratio, columns[0][j])]
+        ratios = torch.stack([ratio, *margins], 1)
+        features.append(torch.cat([ratios.sign() * torch.log1p(ratios.abs() / 3), _seam(_log(a[i]), _log(b[j]))], 1))
+    return pairs // len(y), pairs % len(y), torch.cat(features)
+
+
+def _margin(ratio, best):
+    """How far a pair's ratio is above the best other partner's (below it: negative); `best` (P, K) is sorted."""
+    other = best[:, 1] if best.shape[1] > 1 else best[:, 0] - 50
+    return ratio - torch.where(ratio >= best[:, 0] - 1e-3, other, best[:, 0])
+
+
+def _seam(x, y):
+    """Seven log measures (P, 7) of the jump from border lines x to y (P, L, 4), also against the roughness beside it."""
+    rx, ry = ((z[:, :, :3] - z[:, :, 1:]).abs().mean(2) + 0.01 for z in (x, y))
+    step = x[:, :, 0] - y[:, :, 0]
+    jump = (step + 0.5 * (step - x[:, :, 1] + y[:, :, 1])).abs()  # between the two sides' lines drawn on to the seam
+    lx, ly = rx.log().mean(1), ry.log().mean(1)
+    return torch.stack([(jump.mean(1) + 0.01).log(), (jump / (rx + ry) + 0.1).log().mean(1), lx + ly, (lx - ly).abs(),
+                        ((jump ** 2).mean(1) + 1e-4).log(), (step.abs().mean(1) + 0.01).log(),
+                        (step.mean(1).abs() + 0.003).log()], 1)
+
+
+def _fit_scorer(x, y, steps=800, batch=1024):
+    """A function from features to log-odds of adjacency, fitted to features x (P, F) and truth y (P,)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps are too small to share: two threads on busy cores took 40 times as long
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        nn = torch.nn
+        net = nn.Sequential(nn.Linear(x.shape[1], 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 1)).to(x.device)
+        order = torch.randint(len(x), (steps, batch)).to(x.device)
+        mean, std = x.mean(0), x.std(0) + 1e-3
+        optimizer = torch.optim.Adam(net.parameters())
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
+        for rows in order:
+            logits = net((x[rows] - mean) / std)[:, 0]
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    torch.set_num_threads(threads)
+    return lambda z: net((z - mean) / std)[:, 0].detach()
+
+
+def _states(strips):
+    """Which borders are a frame's own edge, and which are flat and so tell nothing: two bool (N,)."""
+    lines = _log(strips)
+    # a Navcam frame's first and last row are 1.5 times as bright: nearly all pixels jump one way (quartiles beyond
+    # 0.08: 96 % of frames' upper and lower edges, 0.1 % of other borders); unnoticed, lower edges match upper ones
+    quartiles = torch.quantile(lines[:, :, 0] - lines[:, :, 1], torch.tensor([0.25, 0.75], device=lines.device), 1)
+    outer = strips[:, :, 0].int()
+    return (quartiles[0] > 0.08) | (quartiles[1] < -0.08), outer.amax(1) - outer.amin(1) <= 2
+
+
+def _links(tiles, vertical):
+    """Likely neighbours along one axis: i, j, log-odds (P,); closed, flat (2, N); log-odds that a border has one.
+
+    Everything is fitted to cuts through the tiles, where the truth is known; half the partners are taken away, as a
+    border often has none. The share that has one is then estimated (Saerens et al. 2002), so unrelated tiles stay so.
+    """
+    runs = max(1, min(4, 4000 // len(tiles)))
+    cuts = np.linspace(4, tiles.shape[1 if vertical else 2] - 4, 2 * runs + 3).astype(int)[1:-1].tolist()
+    form = _fit_gaussian([_strips(tiles, vertical, cut) for cut in cuts[::2]])
+    generator = torch.Generator().manual_seed(0)
+    features, truth = [], []
+    for cut in cuts[1::2]:
+        a, b = _strips(tiles, vertical, cut)
+        kept = torch.randperm(len(b), generator=generator)[:(len(b) + 1) // 2].to(b.device)
+        i, j, x = _candidates(a, b[kept], form)
+        features.append(x)
+        truth.append((kept[j] == i).float())
+    scorer = _fit_scorer(torch.cat(features), torch.cat(truth))
+    ends = _strips(tiles, vertical)
+    closed, flat = (torch.stack(s) for s in zip(*map(_states, ends), strict=True))
+    open_a, open_b = (torch.nonzero(s)[:, 0] for s in ~(closed | flat))
+    closed, flat = closed.cpu().numpy(), flat.cpu().numpy()
+    if not len(open_a) or not len(open_b):
+        return np.zeros(0, int), np.zeros(0, int), np.zeros(0), closed, flat, 0.0
+    i, j, x = _candidates(ends[0][open_a], ends[1][open_b], form)
+    i, j, odds = (z.cpu().numpy() for z in (open_a[i], open_b[j], scorer(x).clamp(-30, 30).double()))
+    i, j, odds = (z[i != j] for z in (i, j, odds))
+    some, share = np.bincount(i, np.exp(odds), len(tiles))[open_a.cpu().numpy()], 0.5
+    for _ in range(50):
+        share = np.clip((some * share / (some * share + 1 - share)).mean(), 1e-4, 0.95)
+    return i, j, odds, closed, flat, math.log(share / (1 - share))
+
+
+def _join(frames, places, link, limits):
+    """Two frames a link would join: kept frame, other frame, the other's cells as moved, borders that touch; or None."""
+    axis, a, b = link
+    (fa, ra, ca), (fb, rb, cb) = places[a], places[b]
+    dr, dc = ra + _STEPS[2 * axis][0] - rb, ca + _STEPS[2 * axis][1] - cb
+    if len(frames[fa]) < len(frames[fb]):
+        fa, fb, dr, dc = fb, fa, -dr, -dc
+    cells, moved = frames[fa], {(r + dr, c + dc): t for (r, c), t in frames[fb].items()}
+    for limit, line in zip(limits, zip(*cells, *moved, strict=True), strict=True):
+        if max(line) - min(line) >= limit:
+            return None
+    if not cells.keys().isdisjoint(moved):
+        return None
+    touching = [(t, side, cells[r + dr, c + dc]) for (r, c), t in moved.items()
+                for side, (dr, dc) in enumerate(_STEPS) if (r + dr, c + dc) in cells]
+    return fa, fb, moved, touching
+
+
+def _assemble(n, links, limits, least):
+    """Neighbours and confidence (N, 4) by joining frames, surest links first, if all touching borders together agree.
+
+    Log-odds of a join: the prior plus the log-likelihood ratios of every border that comes to touch; at least `least`.
+    """
+    guess = math.log(2 * n)  # a pair's prior odds in the scorer's fit are 1 : 2n
+    ratios = [dict(zip((i * n + j).tolist(), (odds + guess).tolist(), strict=True)) for i, j, odds, *_ in links]
+    closed, flat = (np.concatenate([link[k] for link in links]).T.tolist() for k in (3, 4))
+    queue = sorted((-odds, axis, i, j) for axis, link in enumerate(links)
+                   for i, j, odds in zip(*(z[link[2] > -5].tolist() for z in link[:3]), strict=True))
+    frames, places = [{(0, 0): t} for t in range(n)], [(t, 0, 0) for t in range(n)]
+    neighbours, confidence = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
+
+    def ratio(t, side, other):
+        if closed[t][side] or closed[other][side ^ 1]:
+            return -math.inf
+        if flat[t][side] or flat[other][side ^ 1]:
+            return 0
+        i, j = (other, t) if side % 2 else (t, other)
+        return ratios[side // 2].get(i * n + j, -5)  # 1 % of true pairs are not listed
+
+    for wanted in [w for w in (12, 9, 6.5, 5, 4) if w > least] + [least]:
+        before = None
+        while before != len(queue):  # a join brings more evidence to those that waited
+            before, waiting = len(queue), []
+            for link in queue:
+                if places[link[2]][0] == places[link[3]][0] or not (join := _join(frames, places, link[1:], limits)):
+                    continue
+                kept, gone, moved, touching = join
+                odds = links[link[1]][5] - guess + sum(ratio(*border) for border in touching)
+                if odds < wanted:
+                    waiting.append(link)
+                    continue
+                frames[kept].update(moved)
+                frames[gone] = {}
+                for (r, c), t in moved.items():
+                    places[t] = kept, r, c
+                for t, side, other in touching:
+                    neighbours[t, side], neighbours[other, side ^ 1] = other, t
+                    confidence[t, side] = confidence[other, side ^ 1] = 1 / (1 + math.exp(-odds))
+            queue = waiting
+    return neighbours, confidence
+
+
+def place_frames(neighbours):
+    """Frame number, row and column of each tile: three int32 (N,).
+
+    Frames are numbered by their first tile; a frame's rows and columns count from 0. `neighbours` (N, 4) is
+    `find_neighbours`' first result.
+    """
+    frame, row, column = np.full((3, len(neighbours)), -1, np.int32)
+    for start in range(len(neighbours)):
+        if frame[start] >= 0:
+            continue
+        frame[start], members = frame.max() + 1, [start]
+        for tile in members:
+            for (dr, dc), other in zip(_STEPS, neighbours[tile], strict=True):
+                if other >= 0 and frame[other] < 0:
+                    frame[other], row[other], column[other] = frame[tile], row[tile] + dr, column[tile] + dc
+                    members.append(other)
+        row[members] -= row[members].min()
+        column[members] -= column[members].min()
+    return frame, row, column
+
+
+def find_neighbours(images, device="cpu", exclude=None):
+    """Each tile's neighbours in its camera frame, found from the pixels alone.
+
+    Args:
+        images: uint8 (N, H, W), training tiles, then test tiles.
+        exclude: bool (N,), tiles never to link.
+    Returns:
+        neighbours int32 (N, 4): the tile to the right, left, below, above, -1 for none. Right of a is b if and only if
+        left of b is a, and tiles of a frame lie on one grid. confidence float32 (N, 4): the probability of that link.
+    Raises:
+        ValueError: images is not (N, H, W), or exclude not (N,).
+    Source: greedy assembly as in Gallagher 2012; measured on real frames: see the README.
+    """
+    if images.ndim != 3 or (exclude is not None and np.shape(exclude) != (len(images),)):
+        raise ValueError(f"images must be (N, H, W) and exclude (N,), got {images.shape} and {np.shape(exclude)}")
+    kept = np.flatnonzero(np.ones(len(images), bool) if exclude is None else ~np.asarray(exclude, bool))
+    neighbours, confidence = np.full((len(images), 4), -1, np.int32), np.zeros((len(images), 4), np.float32)
+    if len(kept) < 2 or min(images.shape[1:]) < 16:
+        return neighbours, confidence
+    tiles = torch.from_numpy(images[kept]).to(device)
+    links = [_links(tiles, vertical) for vertical in (False, True)]
+    found, _ = _assemble(len(kept), links, (8, 8), 6.5)
+    # a frame's extent is what 95 % of the surely linked tiles keep to; it cuts off most of the last wrong links
+    frame, *places = place_frames(found)
+    limits = []
+    for place in places:
+        extent = np.zeros(len(kept), int)
+        np.maximum.at(extent, frame, place + 1)
+        limits.append(np.quantile(extent[frame][(found >= 0).any(1)], 0.95, method="higher") if found.max() >= 0 else 8)
+    found, confidence[kept] = _assemble(len(kept), links, limits, 3)
+    neighbours[kept] = np.where(found >= 0, kept[found], -1)
+    return neighbours, confidence
+
+
+def frame_weights(place: np.ndarray, reach: float) -> scipy.sparse.csr_matrix:
+    """Return how much tile j says of tile i, sparse (T, T): exp(-steps / reach) within a frame, 0 on itself.
+
+    Args: place, frame, row and column of each tile (3, T); reach, in tiles.
+    """
+    order = np.argsort(place[0], kind="stable")
+    rows, cols, values = [], [], []
+    for tiles in np.split(order, np.flatnonzero(np.diff(place[0][order])) + 1):
+        steps = np.abs(place[1:, tiles, None] - place[1:, None, tiles]).sum(0)
+        i, j = np.nonzero(steps)
+        rows.append(tiles[i])
+        cols.append(tiles[j])
+        values.append(np.exp(-steps[i, j] / reach))
+    index = np.concatenate(rows), np.concatenate(cols)
+    return scipy.sparse.csr_matrix((np.concatenate(values), index), shape=2 * (len(order),))
+
+
+def pooled_log_ratio(weights: scipy.sparse.csr_matrix, shares: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Return log(pooled shares / base), float32 (T, C): how much likelier the other tiles make each class.
+
+    Args: shares (T, C), rows of any sum, the tile's weight as a witness; base (C,), the overall shares, which
+    count as a tenth of a neighbour, so that few witnesses say little.
+    """
+    pooled = weights @ shares + 0.1 * base
+    pooled /= pooled.sum(1, keepdims=True)
+    return np.log(np.maximum(pooled, 1e-6) / np.maximum(base, 1e-6)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------- 4. folds
 
 
 def rare_classes(masks: np.ndarray) -> np.ndarray:
@@ -380,7 +680,7 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> 
     return fold_of_group[group.ravel()]
 
 
-# ---------------------------------------------------------------------------------------- 4. augmentation
+# ---------------------------------------------------------------------------------------- 5. augmentation
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # x float (B, C, H, W), y integer labels (B, H, W)
@@ -447,7 +747,7 @@ def paste_rare(x: torch.Tensor, y: torch.Tensor, donor_x: torch.Tensor, donor_y:
     return x + alpha * (patch - x), torch.where(label[:, 0] > 0, label[:, 0].to(y.dtype), y)
 
 
-# ---------------------------------------------------------------------------------------- 5. network
+# ---------------------------------------------------------------------------------------- 6. network
 
 
 def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -519,7 +819,7 @@ class UNet(nn.Module):
         return logits[::-1]
 
 
-# ---------------------------------------------------------------------------------------- 6. loss
+# ---------------------------------------------------------------------------------------- 7. loss
 
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: float = 1.0,
@@ -553,7 +853,7 @@ def deep_supervision_loss(logits: list[torch.Tensor], target: torch.Tensor, leve
     return loss
 
 
-# ---------------------------------------------------------------------------------------- 7. morphology
+# ---------------------------------------------------------------------------------------- 8. morphology
 
 
 def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
@@ -581,7 +881,7 @@ def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
     return out
 
 
-# ---------------------------------------------------------------------------------------- 8. metric
+# ---------------------------------------------------------------------------------------- 9. metric
 
 
 def confusion_matrix(truth: np.ndarray, pred: np.ndarray, num_classes: int = NUM_CLASSES) -> np.ndarray:
@@ -618,7 +918,7 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
             "fold_miou": mious, "fold_std": float(np.std(mious)), "confusion": sum(each).tolist()}
 
 
-# ---------------------------------------------------------------------------------------- 9. engine
+# ---------------------------------------------------------------------------------------- 10. engine
 
 
 def option(default, text: str, valid=None):
@@ -770,7 +1070,7 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     return out
 
 
-# ---------------------------------------------------------------------------------------- 10. checkpoints
+# ---------------------------------------------------------------------------------------- 11. checkpoints
 
 
 @contextlib.contextmanager
@@ -819,11 +1119,11 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
             with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
                 return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
         log(f"{candidate}: damaged; going on from the one before it, or from the start")
-        candidate.unlink()  # or the next save would keep it in the good one's place
+        candidate.rename(candidate.with_suffix(".damaged"))  # the next save must not keep it as .prev
     return None
 
 
-# ---------------------------------------------------------------------------------------- 11. submission
+# ---------------------------------------------------------------------------------------- 12. submission
 
 
 def write_submission(path: Path, preds: np.ndarray) -> None:
@@ -888,7 +1188,7 @@ def zip_file(path: Path) -> Path:
     return target
 
 
-# ---------------------------------------------------------------------------------------- 12. report
+# ---------------------------------------------------------------------------------------- 13. report
 
 
 def picture(rgb: np.ndarray, alt: str, scale: int = 2) -> str:

@@ -5,7 +5,7 @@
     python solve.py --recipe paper                    the published system, measured with both metrics
     python solve.py --width 32 --folds 5 --epochs 40  exactly this much work, whatever the clock says
 
-load ─ check ─ clean ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ predict ─ submission.csv ─ report.html
+load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ predict ─ submission ─ report
 
 This file is what we decided; what is true of the task is in lib.py.
 """
@@ -50,6 +50,7 @@ class Config:
     witnesses: str = option(",".join(lib.WITNESSES), "who may accuse an image of being an intruder",
                          lambda value: set(value.split(",")) <= set(lib.WITNESSES))
     template: str = option("", "picture of an intruder, instead of the one discovered")
+    frames: bool = option(True, "don't put the camera frames back together")
     # engine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
@@ -63,13 +64,14 @@ class Config:
     batch_size: int = option(32, "images a step", lambda value: value > 0)
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    alpha: float = option(1.0, "focal loss: factor α", lambda value: value > 0)
-    rare_weight: float = option(2.0, "loss weight of classes under 2 %% of the pixels", lambda v: v > 0)
+    alpha: float = option(1.0, "focal loss: factor α", lambda v: 0 < v < 1e6)
+    rare_weight: float = option(2.0, "loss weight of classes under 2 %% of the pixels", lambda v: 0 < v < 1e6)
     rare_repeat: int = option(4, "how often an epoch shows images that hold such a class", lambda v: v > 0)
     paste: float = option(0.25, "share of images that get patches of such a class", lambda v: 0 <= v <= 1)
     patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
+    second_lr: float = 0.25       # stage 2's rate, as a share of lr: it corrects a prior, and must not shake it
     background: bool = False      # is label 0 learnt and predicted, or ignored and never predicted
     refine: str = "correct"       # stage 2 corrects stage 1's log-probabilities, or fills in its "background"
     select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
@@ -83,8 +85,8 @@ class Config:
     level_weights: tuple = (0.1, 0.1, 0.1)  # of the outputs at 1/2, 1/4 and 1/8 of the size
 
 
-PAPER = dict(folds=1, lr=5e-4, gamma=3.0, alpha=0.25, rare_weight=1.0, rare_repeat=1, patience=25,
-             ema_decay=0.0, background=True, refine="background", select="loss",
+PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_weight=1.0, rare_repeat=1,
+             patience=25, ema_decay=0.0, background=True, refine="background", select="loss",
              geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False,
              most_epochs=300, weight_decay=0.0, cooldown=0.0, level_weights=(0.2, 0.3, 0.5))
 
@@ -110,11 +112,13 @@ class Run:
     dtype: torch.dtype
     data: lib.Data
     images: torch.Tensor        # uint8 (N, H, W), on the device
+    test_images: torch.Tensor   # uint8 (M, H, W), on the device; M may be 0
     masks: torch.Tensor         # int8 (N, H, W), on the device
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     outlier_images: np.ndarray  # uint8, those that the cleaning took out
     plan: dict = field(default_factory=dict)
     fold_of: np.ndarray | None = None
+    place: np.ndarray | None = None  # (3, N + M): frame, row and column of each training and test tile
     histories: dict = field(default_factory=dict)  # (stage, fold) → list of epochs, for the report
     loss_args: dict = field(default_factory=dict)
 
@@ -207,7 +211,8 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
 def new_training(run: Run, stage: int, fold: int) -> dict:
     """Return everything that training changes, by name: model, ema, optimizer, scheduler, scaler."""
     cfg, model = run.cfg, build_network(run, stage, fold)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    lr = cfg.lr * (cfg.second_lr if stage == 2 else 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
         optimizer, "max", factor=0.6, patience=cfg.patience * 7 // 25, min_lr=1e-6)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -301,7 +306,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         if not np.isfinite(loss + record["val_loss"]):
             raise UserError(f"stage {stage}, fold {fold}, epoch {epoch}: the loss is not finite; "
                             "try a smaller --lr")
-        figure = np.nan_to_num(sign * record[chosen], nan=-1.0)  # a fold without any labelled pixel
+        figure = sign * record[chosen] if np.isfinite(record[chosen]) else -1.0  # nothing labelled here
         parts["scheduler"].step(figure)
         if state["best"] is None or figure > state["best_figure"]:
             state |= {"best": copy.deepcopy(ema.state_dict()), "best_figure": figure, "best_epoch": epoch}
@@ -371,7 +376,7 @@ def make_plan(run: Run) -> dict:
 # ---------------------------------------------------------------------------------------- two stages
 
 
-def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: float) -> list[lib.UNet]:
+def train_stage(run: Run, stage: int, views: list[View], targets: torch.Tensor, end: float) -> list[lib.UNet]:
     """Return the networks of a stage, one a fold, by `end` seconds of the clock; fewer when time runs out."""
     models = []
     for fold in range(run.folds):
@@ -380,48 +385,110 @@ def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: fl
         if new and (models or stage == 2) and used + seconds[stage - 1] > end:
             print(f"time is short: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
             break
-        models.append(fit(run, stage, fold, view, targets, used + (end - used) / (run.folds - fold)))
+        models.append(fit(run, stage, fold, views[fold], targets, used + (end - used) / (run.folds - fold)))
         seconds[stage - 1] = float(np.median([epoch["seconds"] for epoch in run.histories[stage, fold]]))
     return models
 
 
-def predict(run: Run, model: lib.UNet, view: View, index=None) -> np.ndarray:
+def predict(run: Run, model: lib.UNet, view: View, index=None, tta: bool = True) -> np.ndarray:
     """Return a network's probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of the images at index."""
     index = torch.arange(len(view.images), device=run.device) if index is None else index
     return lib.predict_probs(model, lambda part: network_input(run, view, index[part]), len(index),
-                             run.device, run.dtype, run.first_class, run.cfg.tta)
+                             run.device, run.dtype, run.first_class, tta and run.cfg.tta)
 
 
-def out_of_fold(run: Run, models: list[lib.UNet], view: View) -> np.ndarray:
+def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarray:
     """Return each training image's probabilities, uint8 (N, C, H, W), from the network that never saw it.
 
     With one split there is no such network for the images trained on: they get the one there is, which is why
     folds exist.
     """
-    n, h, w = view.images.shape
+    n, h, w = run.images.shape
     probs = np.zeros((n, NUM_CLASSES, h, w), np.uint8)
     for fold, model in enumerate(models):
         chosen = run.fold_of == fold if run.folds > 1 else np.ones(n, bool)
-        probs[chosen] = predict(run, model, view, run.index(chosen))
+        probs[chosen] = predict(run, model, views[fold], run.index(chosen))
     return probs
+
+
+def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple[list, list]:
+    """Return, for each fold, what the frame says of each tile's classes: log-ratios to the classes' overall shares,
+    (N, NUM_CLASSES) of the training and (M, NUM_CLASSES) of the test tiles; zeros where there are no frames.
+
+    The other tiles of a frame speak with their known labels, near ones louder; a test tile, and for fold k every
+    tile of fold k, with the prediction of network k, which never saw fold k: so the labels that fold k is scored
+    on appear nowhere. For the test tiles all training labels are known. Strength and reach are those with the
+    best out-of-fold score; rare classes are left alone, as a rock says nothing of the next tile.
+    """
+    n, none = len(run.images), np.zeros((len(run.place[0]), NUM_CLASSES), np.float32)
+    if not run.cfg.frames or len(models) < run.folds:
+        return [none[:n]] * run.folds, [none[n:]] * run.folds
+    labels = np.stack([(run.data.masks == c).mean((1, 2)) for c in range(NUM_CLASSES)], 1)
+    labels[:, :run.first_class] = 0
+    base = labels.sum(0) / labels.sum()
+    said = [np.concatenate([probs.mean((2, 3)) / 255, predict(run, model, View(run.test_images), tta=False).mean(
+        (2, 3)) / 255]) for model in models]
+
+    def evidence(weights, fold: int, hidden: np.ndarray) -> np.ndarray:
+        shares, known = 0.3 * said[fold], np.flatnonzero(~hidden)  # 0.3: a prediction is a weaker witness
+        shares[known] = labels[known]
+        ratio = lib.pooled_log_ratio(weights, shares, base)
+        ratio[:, run.is_rare.cpu().numpy()] = 0
+        return ratio
+    small, truth = probs[..., ::4, ::4], run.data.masks[:, ::4, ::4]
+    best = (-1.0, None)
+    for reach in (1.0, 2.0, 4.0):
+        weights = lib.frame_weights(run.place, reach)
+        hidden = [evidence(weights, k, run.fold_of == k) for k in range(run.folds)]
+        own = hidden[0][:n].copy()
+        for k in range(run.folds):
+            own[run.fold_of == k] = hidden[k][:n][run.fold_of == k]
+        for strength in (0.0, 0.5, 1.0, 1.5, 2.0):
+            pred = final_labels(run, informed(run, small, strength * own))
+            scored = run.fold_of >= 0
+            miou = lib.iou_scores(lib.confusion_matrix(truth[scored], pred[scored]))[0]
+            if miou > best[0]:
+                best = miou, (reach, strength, weights, hidden)
+    miou, (reach, strength, weights, hidden) = best
+    print(f"frames: reach {reach:g} tiles, strength {strength:g}: out of fold {miou:.4f} before stage 2", flush=True)
+    nothing = np.zeros(n, bool)
+    test = [strength * evidence(weights, k, nothing)[n:] for k in range(run.folds)]
+    return [strength * h[:n] for h in hidden], test
+
+
+def informed(run: Run, probs: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
+    """Return probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), times exp(log_ratio (B, NUM_CLASSES))."""
+    out = np.zeros_like(probs)
+    for i in range(0, len(probs), 256):
+        part = torch.from_numpy(probs[i:i + 256, run.first_class:]).to(run.device).float().clamp_min(0.5)
+        ratio = torch.from_numpy(log_ratio[i:i + 256, run.first_class:]).to(run.device, torch.float32)
+        part = part * ratio.exp()[:, :, None, None]
+        out[i:i + 256, run.first_class:] = (part * (255 / part.sum(1, keepdim=True))).round().byte().cpu().numpy()
+    return out
+
+
+def final_labels(run: Run, probs: np.ndarray) -> np.ndarray:
+    """Return the likeliest labels, uint8 (N, H, W), of probabilities (N, NUM_CLASSES, H, W) of any scale."""
+    return probs[:, run.first_class:].argmax(1).astype(np.uint8) + np.uint8(run.first_class)
 
 
 def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -> np.ndarray:
     """Return cleaned labels (N, H, W) from probabilities (N, C, H, W) of any scale; in the paper's second
     stage only where stage1, the first one's labels, are background."""
-    labels = probs[:, run.first_class:].argmax(1).astype(np.uint8) + np.uint8(run.first_class)
+    labels = final_labels(run, probs)
     if stage1 is not None and run.cfg.refine == "background":
         labels = np.where(stage1 == 0, labels, stage1)
     return lib.clean_masks(labels)
 
 
-def second_view(run: Run, images: torch.Tensor, probs: np.ndarray) -> View:
-    """Return stage 2's view of images, given stage 1's probabilities there."""
+def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, log_ratio: np.ndarray) -> View:
+    """Return stage 2's view of images, given stage 1's probabilities there and what the frames say."""
+    probs = informed(run, probs, log_ratio) if log_ratio.any() else probs
     cleaned = torch.from_numpy(final_masks(run, probs)).to(run.device)
     return View(images, torch.from_numpy(probs).to(run.device), cleaned)
 
 
-def predict_test(run: Run, stages: list[list[lib.UNet]],
+def predict_test(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarray],
                  chunk: int = 1000) -> tuple[list[np.ndarray], float]:
     """Return the test labels of each stage, uint8 (M, H, W), and the last stage's mean confidence.
 
@@ -431,15 +498,15 @@ def predict_test(run: Run, stages: list[list[lib.UNet]],
     labels: list[list[np.ndarray]] = [[] for _ in stages]
     confidence = []
     for start in range(0, len(run.data.test_images), chunk):
-        images = torch.from_numpy(run.data.test_images[start:start + chunk]).to(run.device)
+        images = run.test_images[start:start + chunk]
         sums = [np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16) for _ in stages]
-        for networks in zip(*stages, strict=True):
+        for fold, networks in enumerate(zip(*stages, strict=True)):
             view = View(images)
             for i, model in enumerate(networks):
                 probs = predict(run, model, view)
                 sums[i] += probs
                 if i + 1 < len(networks):
-                    view = second_view(run, images, probs)
+                    view = second_view(run, images, probs, evidence[fold][start:start + chunk])
         previous = None
         for stage, total in zip(labels, sums, strict=True):
             previous = final_masks(run, total, previous)
@@ -466,6 +533,7 @@ def open_run(cfg: Config) -> Run:
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
     outlier_images = clean(cfg, state, data)
+    place = find_frames(cfg, state, data)
     device, why = lib.pick_device(cfg.device)
     plan = json.loads((state / "plan.json").read_text()) if (state / "plan.json").exists() else {}
     if plan or cfg.precision != "auto":  # a resumed run keeps what its clock once measured
@@ -473,13 +541,15 @@ def open_run(cfg: Config) -> Run:
     else:
         dtype, why_dtype = lib.pick_precision(device)
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})")
+    test_images = data.images[:0] if data.test_images is None else data.test_images
     run = Run(cfg, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
+              torch.from_numpy(test_images).to(device),
               torch.from_numpy(data.masks.astype(np.int8)).to(device),
               torch.from_numpy(lib.rare_classes(data.masks)).to(device), outlier_images)
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
-    run.plan = plan
+    run.plan, run.place = plan, place
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed)
     seconds = plan["folds"] * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + plan["predict_seconds"]
     print(f"plan: {plan['folds']} folds, width {plan['width']}, at most {plan['epochs'][0]} + "
@@ -535,47 +605,64 @@ def clean(cfg: Config, state: Path, data: lib.Data) -> np.ndarray:
     return outliers
 
 
+def find_frames(cfg: Config, state: Path, data: lib.Data) -> np.ndarray:
+    """Return frame, row and column (3, N + M) of the training and test tiles, a frame each where none was found."""
+    tiles = data.images if data.test_images is None else np.concatenate([data.images, data.test_images])
+    if not cfg.frames:
+        return np.stack([np.arange(len(tiles)), *np.zeros((2, len(tiles)), np.int64)])
+    saved, start = lib.load_checkpoint(state / "frames.pt"), time.monotonic()
+    if saved is None:
+        saved = {"place": torch.from_numpy(np.stack(lib.place_frames(lib.find_neighbours(tiles)[0])))}
+        lib.save_checkpoint(state / "frames.pt", saved)
+    place = saved["place"].numpy()
+    size = np.bincount(place[0])[place[0]]
+    print(f"frames: {len(tiles)} tiles, {100 * np.mean(size > 1):.0f} % of them put back into "
+          f"{len(np.unique(place[0][size > 1]))} frames, {time.monotonic() - start:.0f} s", flush=True)
+    return place
+
+
 def solve(cfg: Config) -> dict:
     """Run everything and return the metrics that metrics.json holds."""
     run = open_run(cfg)
     end = 0.97 * run.clock.limit - run.plan["predict_seconds"]
     share = run.plan["epochs"][0] / sum(run.plan["epochs"])
-    view, targets = View(run.images), run.masks
+    views, targets, evidence = [View(run.images)] * run.folds, run.masks, []
     stages, labels, metrics = [], [], {"recipe": cfg.recipe, **{
         k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
     for stage in (1, 2) if run.plan["epochs"][1] else (1,):
         used = run.clock.used()
-        models = train_stage(run, stage, view, targets, used + (end - used) * (share if stage == 1 else 1))
+        models = train_stage(run, stage, views, targets, used + (end - used) * (share if stage == 1 else 1))
         if stage == 2 and len(models) < run.folds:
             break
-        probs = out_of_fold(run, models, view)
+        probs = out_of_fold(run, models, views)
         stages.append(models)
         labels.append(final_masks(run, probs, labels[-1] if labels else None))
         result = lib.fold_scores(run.data.masks, labels[-1], run.fold_of, len(models))
         metrics |= {f"stage{stage}_{k}": v for k, v in result.items()}
-        print(f"stage {stage} out of fold: mean IoU {result['miou']:.4f} ± {result['fold_std']:.4f},"
-              f" the paper's {result['paper_miou']:.4f}; classes {np.round(result['iou'][1:], 3)}", flush=True)
+        print(f"stage {stage} out of fold: {result['miou']:.4f} ± {result['fold_std']:.4f} mean IoU,"
+              f" the paper's {result['paper_miou']:.4f}; IoU {np.round(result['iou'][1:], 3)}", flush=True)
         if len(models) < run.folds:
             break
         if stage == 1:
-            view = second_view(run, run.images, probs)
+            known, evidence = frame_evidence(run, models, probs)
+            views = [second_view(run, run.images, probs, ratio) for ratio in known]
             if cfg.refine == "background":
-                targets = torch.where(view.cleaned == 0, run.masks, -1)
+                targets = torch.where(views[0].cleaned == 0, run.masks, -1)
     if cfg.refine == "correct" and metrics.get("stage2_miou", 1) < metrics["stage1_miou"]:
         print("stage 2 is below stage 1 out of fold: stage 1 is submitted")
         stages.pop()
     metrics["submitted_stage"] = len(stages)
     if run.data.test_images is not None:
-        write_outputs(run, stages, metrics)
+        write_outputs(run, stages, evidence, metrics)
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.out / "metrics.json", metrics)
     write_report(run, metrics, labels, probs)
     return metrics
 
 
-def write_outputs(run: Run, stages: list[list[lib.UNet]], metrics: dict) -> None:
+def write_outputs(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarray], metrics: dict) -> None:
     """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known."""
-    labels, metrics["test_confidence"] = predict_test(run, stages)
+    labels, metrics["test_confidence"] = predict_test(run, stages, evidence)
     file = run.out / "submission.csv"
     lib.write_submission(file, labels[-1])
     read = lib.check_submission(file, len(labels[-1]), labels[-1][0].size, run.first_class)

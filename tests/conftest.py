@@ -1,4 +1,5 @@
 """What all tests share: the path to the kit, and a tiny data set in the competition's layout."""
+
 from __future__ import annotations
 
 import os
@@ -19,18 +20,23 @@ GREY = np.array([20, 60, 110, 160, 230])  # of each class: one threshold away fr
 
 
 def tiny_arrays(n: int = 24, m: int = 6, h: int = 32, w: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return tiles of two or three classes side by side under an unlabelled strip; every fourth holds a 6×6 rock."""
+    """Return tiles of two or three classes side by side under an unlabelled strip; every fourth holds a 6×6
+    rock."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((n + m, h, w), np.uint8)
     for i, mask in enumerate(masks):
         left, right = rng.permutation([1, 2, 3])[:2]
         cut = int(rng.integers(w // 4, 3 * w // 4 + 1))
-        mask[h // 8:, :cut], mask[h // 8:, cut:] = left, right
+        mask[h // 8 :, :cut], mask[h // 8 :, cut:] = left, right
         if i % 4 == 0:
             y, x = rng.integers(h // 8, max(h // 8 + 1, h - 6)), rng.integers(0, max(1, w - 6))
-            mask[y:y + 6, x:x + 6] = 4
+            mask[y : y + 6, x : x + 6] = 4
     images = (GREY[masks] + rng.integers(-12, 13, masks.shape)).astype(np.uint8)
-    return {"training_set": np.stack([images[:n], masks[:n]], 1), "test_set": images[n:], "test_labels": masks[n:]}
+    return {
+        "training_set": np.stack([images[:n], masks[:n]], 1),
+        "test_set": images[n:],
+        "test_labels": masks[n:],
+    }
 
 
 @pytest.fixture
@@ -42,9 +48,11 @@ def tiny():
 @pytest.fixture
 def write_npz(tmp_path):
     """A function that writes arrays to tmp_path/name and returns the path."""
+
     def write(name: str = "mars.npz", compressed: bool = False, **arrays) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         (np.savez_compressed if compressed else np.savez)(path, **arrays)
         return path
+
     return write

@@ -1,10 +1,11 @@
-"""Augmentation on whole batches: image and mask move together, and everything follows from the generator's key."""
+"""Augmentation on whole batches: image and mask move together, and everything follows from the generator's
+key."""
+
 import itertools
 
+import lib
 import pytest
 import torch
-
-import lib
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,8 @@ def batch(b=8, h=32, w=64, seed=0, block=8):
 
 
 def inside(y):
-    """True where all eight neighbours are there and have the pixel's own label: there interpolation mixes nothing."""
+    """True where all eight neighbours are there and have the pixel's own label: there interpolation mixes
+    nothing."""
     y = torch.nn.functional.pad(y.float()[:, None], (1, 1, 1, 1), value=-1)
     low = -torch.nn.functional.max_pool2d(-y, 3, 1)
     return (low == torch.nn.functional.max_pool2d(y, 3, 1))[:, 0]
@@ -48,9 +50,12 @@ def test_flip_moves_image_and_mask_together(dim):
     assert fy.dtype == torch.int8
 
 
-@pytest.mark.parametrize("shift,scale,degrees", [(0.2, 0.0, 0.0), (0.0, 0.2, 0.0), (0.0, 0.0, 60.0), (0.2, 0.2, 60.0)])
+@pytest.mark.parametrize(
+    "shift,scale,degrees", [(0.2, 0.0, 0.0), (0.0, 0.2, 0.0), (0.0, 0.0, 60.0), (0.2, 0.2, 60.0)]
+)
 def test_affine_moves_image_and_mask_together(shift, scale, degrees):
-    """After shift, zoom and turn the mask still describes the image; labels stay whole numbers of their type."""
+    """After shift, zoom and turn the mask still describes the image; labels stay whole numbers of their
+    type."""
     x, y = batch(16)
     ax, ay = lib.affine(x, y, gen(), shift, scale, degrees, p=1.0)
     assert (ax - x).abs().flatten(1).amax(1).gt(0.5).all()  # every image moved
@@ -68,11 +73,12 @@ def test_affine_leaves_about_half_alone():
 
 
 def test_turning_keeps_circles_round():
-    """A disc turned by up to 60° on a 32×64 tile stays a disc of its area: the aspect ratio is taken care of."""
+    """A disc turned by up to 60° on a 32×64 tile stays a disc of its area: the aspect ratio is taken care
+    of."""
     v, u = torch.meshgrid(torch.arange(32) - 15.5, torch.arange(64) - 31.5, indexing="ij")
-    y = ((u ** 2 + v ** 2) < 100).to(torch.int8).expand(16, 32, 64)
+    y = ((u**2 + v**2) < 100).to(torch.int8).expand(16, 32, 64)
     _, ay = lib.affine(y.float()[:, None], y, gen(), 0.0, 0.0, 60.0, p=1.0)
-    seen = u ** 2 + v ** 2 < 15 ** 2  # further out the mirrored border shows
+    seen = u**2 + v**2 < 15**2  # further out the mirrored border shows
     assert ((ay != y) & seen).sum((1, 2)).max() <= 25  # a few of the rim's 60 pixels
 
 
@@ -87,7 +93,8 @@ def test_shift_goes_both_ways_and_no_further():
 
 
 def test_light_changes_the_grey_alone():
-    """Brightness and contrast are one line per image on channel 0; other channels are bit for bit the same."""
+    """Brightness and contrast are one line per image on channel 0; other channels are bit for bit the
+    same."""
     x, _ = batch(32)
     jx = lib.jitter_light(x, gen(), 0.2)
     assert torch.equal(jx[:, 1:], x[:, 1:])
@@ -100,15 +107,17 @@ def test_light_changes_the_grey_alone():
 
 
 def rocks(b=8, h=32, w=64):
-    """Targets of soil, grey 1; donors with a 9×9 rock, grey 50 on ground of grey 30, in the middle of the tile."""
+    """Targets of soil, grey 1; donors with a 9×9 rock, grey 50 on ground of grey 30, in the middle of the
+    tile."""
     y, donor_y = torch.ones(b, h, w, dtype=torch.int8), torch.zeros(b, h, w, dtype=torch.int8)
-    donor_y[:, h // 2 - 4:h // 2 + 5, w // 2 - 4:w // 2 + 5] = 4
+    donor_y[:, h // 2 - 4 : h // 2 + 5, w // 2 - 4 : w // 2 + 5] = 4
     donor_x = torch.where(donor_y > 0, 50.0, 30.0)[:, None]
     return y.float()[:, None], y, donor_x, donor_y
 
 
 def test_pasted_pixels_and_labels_move_together():
-    """Inside the new labels the donor's pixels stand, also at the tile's border; two pixels outside nothing changed."""
+    """Inside the new labels the donor's pixels stand, also at the tile's border; two pixels outside nothing
+    changed."""
     x, y, donor_x, donor_y = rocks(32)
     px, py = lib.paste_rare(x, y, donor_x, donor_y, gen(), 1.0)
     new = (py != y)[:, None].float()
@@ -152,7 +161,7 @@ def test_paste_scales_by_no_more_than_it_says():
     whole = ~((py == 4)[:, [0, -1]].flatten(1).any(1) | (py == 4)[:, :, [0, -1]].flatten(1).any(1))
     area = (py == 4).flatten(1).sum(1)[whole & (py == 4).flatten(1).any(1)].float()
     assert len(area) > 20
-    assert area.min() >= 0.6 ** 2 * 81 and area.max() <= 1.5 ** 2 * 81 and area.max() > 2 * area.min()
+    assert area.min() >= 0.6**2 * 81 and area.max() <= 1.5**2 * 81 and area.max() > 2 * area.min()
 
 
 def test_arguments_stay_as_they_are():
@@ -189,7 +198,8 @@ def everything(*key):
 
 
 def test_same_key_same_batch():
-    """The same (seed, stage, fold, epoch) gives the same batch, bit for bit, whatever torch drew in between."""
+    """The same (seed, stage, fold, epoch) gives the same batch, bit for bit, whatever torch drew in
+    between."""
     torch.manual_seed(1)
     first = everything(0, 1, 2, 3)
     torch.manual_seed(2)
@@ -199,7 +209,8 @@ def test_same_key_same_batch():
 
 
 def test_different_keys_different_streams():
-    """All 1,296 keys with entries 0 to 5 start elsewhere: seed 0 epoch 1 is not seed 1 epoch 0, as with seed + epoch."""
+    """All 1,296 keys with entries 0 to 5 start elsewhere: seed 0 epoch 1 is not seed 1 epoch 0, as with seed
+    + epoch."""
     keys = list(itertools.product(range(6), repeat=4))
     draws = {tuple(torch.rand(3, generator=gen(*key)).tolist()) for key in keys}
     assert len(draws) == len(keys)

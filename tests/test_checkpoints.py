@@ -1,4 +1,5 @@
 """Files that are whole or not there, and know their own checksum."""
+
 import errno
 import hashlib
 import io
@@ -8,11 +9,11 @@ import pickle
 import subprocess
 import sys
 
+import lib
 import numpy as np
 import pytest
 import torch
 
-import lib
 from conftest import ROOT
 
 
@@ -27,8 +28,13 @@ class Evil:
 
 
 def state(epoch):
-    return {"epoch": epoch, "best": None, "history": [{"loss": 0.5, "lr": 1e-3}], "done": False,
-            "weights": {"w": torch.arange(6.0).reshape(2, 3) + epoch}}
+    return {
+        "epoch": epoch,
+        "best": None,
+        "history": [{"loss": 0.5, "lr": 1e-3}],
+        "done": False,
+        "weights": {"w": torch.arange(6.0).reshape(2, 3) + epoch},
+    }
 
 
 def saved(tmp_path, *epochs):
@@ -48,12 +54,19 @@ def test_round_trip(tmp_path):
     """What was saved is loaded, plain values and tensors, without a word."""
     got, said = load(saved(tmp_path, 3))
     assert torch.equal(got["weights"].pop("w"), torch.arange(6.0).reshape(2, 3) + 3)
-    assert got == {"epoch": 3, "best": None, "history": [{"loss": 0.5, "lr": 1e-3}], "done": False, "weights": {}}
+    assert got == {
+        "epoch": 3,
+        "best": None,
+        "history": [{"loss": 0.5, "lr": 1e-3}],
+        "done": False,
+        "weights": {},
+    }
     assert said == []
 
 
 def test_optimizer_and_model_go_on_alike(tmp_path):
-    """A model and an AdamW loaded from a checkpoint take the same next step, bit for bit, as those that went on."""
+    """A model and an AdamW loaded from a checkpoint take the same next step, bit for bit, as those that went
+    on."""
     torch.manual_seed(0)
 
     def parts():
@@ -64,6 +77,7 @@ def test_optimizer_and_model_go_on_alike(tmp_path):
         optimizer.zero_grad()
         model(torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32))[0].square().mean().backward()
         optimizer.step()
+
     one = parts()
     step(*one)
     lib.save_checkpoint(tmp_path / "c.pt", {"model": one[0].state_dict(), "optimizer": one[1].state_dict()})
@@ -90,7 +104,8 @@ def test_the_one_before_is_kept(tmp_path):
 
 
 def test_one_flipped_bit_anywhere(tmp_path):
-    """A bit flipped in any byte, checksum included: the previous checkpoint is loaded and the message names the file."""
+    """A bit flipped in any byte, checksum included: the previous checkpoint is loaded and the message names
+    the file."""
     path = saved(tmp_path, 1, 2)
     raw = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -111,7 +126,7 @@ DAMAGED = {
     "empty": lambda raw, evil: b"",
     "one_byte": lambda raw, evil: raw[:1],
     "checksum_only": lambda raw, evil: raw[:32],
-    "half": lambda raw, evil: raw[:len(raw) // 2],
+    "half": lambda raw, evil: raw[: len(raw) // 2],
     "last_byte_missing": lambda raw, evil: raw[:-1],
     "grown": lambda raw, evil: raw + b"\0",
     "text": lambda raw, evil: b"this is not a checkpoint at all, only some words in a file of text\n",
@@ -156,7 +171,8 @@ def test_both_damaged_is_none(tmp_path):
 
 
 def test_killed_between_the_two_renames(tmp_path):
-    """The old file moved aside and the new one not yet there: the old one is loaded; a left-over .tmp harms nothing."""
+    """The old file moved aside and the new one not yet there: the old one is loaded; a left-over .tmp harms
+    nothing."""
     path = saved(tmp_path, 1)
     os.replace(path, tmp_path / "c.pt.prev")
     (tmp_path / "c.pt.tmp").write_bytes(b"half of a new checkpoi")
@@ -176,6 +192,7 @@ def test_damage_does_not_push_out_the_good_one(tmp_path):
 
     def die(_):
         raise Died
+
     fsync, os.fsync = os.fsync, die  # the kill comes before the new file has its name
     try:
         with pytest.raises(Died):
@@ -185,10 +202,13 @@ def test_damage_does_not_push_out_the_good_one(tmp_path):
     assert load(path)[0]["epoch"] == 1
 
 
-@pytest.mark.parametrize("writer", [
-    lambda path: lib.write_json(path, {"a": 2}),
-    lambda path: lib.write_submission(path, np.ones((3, 2, 2), np.uint8)),
-])
+@pytest.mark.parametrize(
+    "writer",
+    [
+        lambda path: lib.write_json(path, {"a": 2}),
+        lambda path: lib.write_submission(path, np.ones((3, 2, 2), np.uint8)),
+    ],
+)
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, writer, where):
     """ENOSPC when the bytes go to the disk: the error comes out, and the old file is whole under its name."""
@@ -197,6 +217,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, writer, where):
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, where, full)
     with pytest.raises(OSError, match="No space"):
         writer(path)
@@ -209,6 +230,7 @@ def test_full_disk_while_saving_a_checkpoint(tmp_path, monkeypatch):
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         lib.save_checkpoint(path, state(2))
@@ -226,13 +248,18 @@ def test_error_in_the_middle_leaves_the_old_file(tmp_path):
 
 
 def test_killed_while_saving(tmp_path):
-    """kill -9 in the middle of a loop of saves: the newest checkpoint reported as saved, or a newer one, is there whole."""
+    """kill -9 in the middle of a loop of saves: the newest checkpoint reported as saved, or a newer one, is
+    there whole."""
     path = tmp_path / "c.pt"
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import torch, lib; from pathlib import Path\n"
-            "for e in range(10**6):\n"
-            "    lib.save_checkpoint(Path(sys.argv[2]), {'epoch': e, 'w': torch.full((300_000,), float(e))})\n"
-            "    print(e, flush=True)")
-    child = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch, lib; from pathlib import Path\n"
+        "for e in range(10**6):\n"
+        "    lib.save_checkpoint(Path(sys.argv[2]), {'epoch': e, 'w': torch.full((300_000,), float(e))})\n"
+        "    print(e, flush=True)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         for _ in range(8):
             known = int(child.stdout.readline())

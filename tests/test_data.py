@@ -1,4 +1,6 @@
-"""Faults 1 to 19: each is one sentence that names file, key, index and value, or a note and a correct load."""
+"""Faults 1 to 19: each is one sentence that names file, key, index and value, or a note and a correct
+load."""
+
 from __future__ import annotations
 
 import hashlib
@@ -8,12 +10,12 @@ import pickle
 import tracemalloc
 import zipfile
 
+import lib
 import numpy as np
 import pytest
+import solve
 import torch
 
-import lib
-import solve
 from conftest import tiny_arrays
 
 
@@ -95,85 +97,184 @@ HTML = b"\n<!DOCTYPE html><html><head><title>Kaggle: log in</title></head><body>
 FAULTS = {
     "01_missing": (missing_among_others, ["marz.npz", "no such file", "read_me_first.txt"]),
     "01_missing_folder_above": (lambda d: d / "no" / "such" / "folder", ["no such file", "folder"]),
-    "01_folder_without_npz": (lambda d: missing_among_others(d).parent, ["no .npz", "read_me_first.txt",
-                                                                         "mars_for_students.npz"]),
+    "01_folder_without_npz": (
+        lambda d: missing_among_others(d).parent,
+        ["no .npz", "read_me_first.txt", "mars_for_students.npz"],
+    ),
     "02_two_files": (two_files, ["2 .npz files", "a.npz", "b.npz", "name one"]),
     "03_empty": (lambda d: write(d / "m.npz", b""), ["m.npz", "empty"]),
-    "04_truncated_half": (lambda d: cut(d / "m.npz", 40_000, False), ["m.npz", "cut short", "fetch it again"]),
-    "04_truncated_compressed": (lambda d: cut(d / "m.npz", 9_000, True), ["m.npz", "cut short", "fetch it again"]),
+    "04_truncated_half": (
+        lambda d: cut(d / "m.npz", 40_000, False),
+        ["m.npz", "cut short", "fetch it again"],
+    ),
+    "04_truncated_compressed": (
+        lambda d: cut(d / "m.npz", 9_000, True),
+        ["m.npz", "cut short", "fetch it again"],
+    ),
     "04_truncated_to_four_bytes": (lambda d: cut(d / "m.npz", 4, False), ["m.npz", "cut short"]),
     "05_web_page": (lambda d: write(d / "m.npz", HTML), ["m.npz", "web page", "download"]),
     "06_npy": (lambda d: write(d / "m.npz", npy(TRAIN)), ["m.npz", ".npy", "training_set"]),
-    "07_flipped_bit_stored": (lambda d: flip_in_the_middle(d / "m.npz", False), ["m.npz", "damaged", "fetch it again"]),
+    "07_flipped_bit_stored": (
+        lambda d: flip_in_the_middle(d / "m.npz", False),
+        ["m.npz", "damaged", "fetch it again"],
+    ),
     "07_flipped_bit_packed": (lambda d: flip_in_the_middle(d / "m.npz", True), ["m.npz", "fetch it again"]),
-    "08_pickled_objects": (lambda d: save(d / "m.npz", training_set=np.array([Evil(d / "executed")], object)),
-                           ["m.npz", "training_set", "pickled"]),
-    "08_pickled_objects_elsewhere": (lambda d: save(d / "m.npz", notes=np.array([Evil(d / "executed")], object)),
-                                     ["m.npz", "notes", "pickled"]),
-    "08_raw_pickle": (lambda d: write(d / "m.npz", pickle.dumps(Evil(d / "executed"))), ["m.npz", "not an .npz"]),
-    "09_header_of_terabytes": (lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(
-        TRAIN, shape=(10 ** 8, 2, 64, 128), descr="<f8")}), ["m.npz", "training_set", "12207 GiB", "refused"]),
-    "09_header_beyond_64_bits": (lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(
-        TRAIN, shape=(2 ** 40, 2, 2 ** 20, 2 ** 20))}), ["m.npz", "training_set", "GiB", "refused"]),
-    "09_many_large_arrays": (lambda d: write_zip(d / "m.npz", {f"{k}.npy": npy(TEST, shape=(3 * 2 ** 30,))
-                                                              for k in "abc"}), ["m.npz", "claims"]),
-    "09_header_says_more_than_there_is": (lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(
-        TRAIN, shape=(25, *TRAIN.shape[1:]))}), ["training_set", "102400 bytes", "has 98304", "damaged"]),
-    "09_zip_bomb": (lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(np.zeros((4200, 2, 64, 128), np.uint8))},
-                                        zipfile.ZIP_DEFLATED), ["m.npz", "would unpack to 688"]),
-    "10_no_training_set": (lambda d: save(d / "m.npz", training_set=None), ["training_set is missing", "found test_set"]),
+    "08_pickled_objects": (
+        lambda d: save(d / "m.npz", training_set=np.array([Evil(d / "executed")], object)),
+        ["m.npz", "training_set", "pickled"],
+    ),
+    "08_pickled_objects_elsewhere": (
+        lambda d: save(d / "m.npz", notes=np.array([Evil(d / "executed")], object)),
+        ["m.npz", "notes", "pickled"],
+    ),
+    "08_raw_pickle": (
+        lambda d: write(d / "m.npz", pickle.dumps(Evil(d / "executed"))),
+        ["m.npz", "not an .npz"],
+    ),
+    "09_header_of_terabytes": (
+        lambda d: write_zip(
+            d / "m.npz", {"training_set.npy": npy(TRAIN, shape=(10**8, 2, 64, 128), descr="<f8")}
+        ),
+        ["m.npz", "training_set", "12207 GiB", "refused"],
+    ),
+    "09_header_beyond_64_bits": (
+        lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(TRAIN, shape=(2**40, 2, 2**20, 2**20))}),
+        ["m.npz", "training_set", "GiB", "refused"],
+    ),
+    "09_many_large_arrays": (
+        lambda d: write_zip(d / "m.npz", {f"{k}.npy": npy(TEST, shape=(3 * 2**30,)) for k in "abc"}),
+        ["m.npz", "claims"],
+    ),
+    "09_header_says_more_than_there_is": (
+        lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(TRAIN, shape=(25, *TRAIN.shape[1:]))}),
+        ["training_set", "102400 bytes", "has 98304", "damaged"],
+    ),
+    "09_zip_bomb": (
+        lambda d: write_zip(
+            d / "m.npz",
+            {"training_set.npy": npy(np.zeros((4200, 2, 64, 128), np.uint8))},
+            zipfile.ZIP_DEFLATED,
+        ),
+        ["m.npz", "would unpack to 688"],
+    ),
+    "10_no_training_set": (
+        lambda d: save(d / "m.npz", training_set=None),
+        ["training_set is missing", "found test_set"],
+    ),
     "10_no_arrays": (lambda d: write_zip(d / "m.npz", {}), ["training_set is missing", "found none"]),
-    "11_channels_last": (lambda d: save(d / "m.npz", training_set=np.moveaxis(TRAIN, 1, -1)),
-                         ["training_set", "(24, 32, 64, 2)", "(N, 2, H, W)", "channels come last"]),
-    "11_channels_first": (lambda d: save(d / "m.npz", training_set=TRAIN.swapaxes(0, 1)),
-                          ["training_set", "(2, 24, 32, 64)", "channels come first"]),
-    "11_height_and_width_swapped": (lambda d: save(d / "m.npz", test_set=TEST.swapaxes(1, 2)),
-                                    ["test_set", "(6, 64, 32)", "(M, 32, 64)", "swapped"]),
-    "11_masks_first": (lambda d: save(d / "m.npz", training_set=TRAIN[:, ::-1]), ["training_set", "labels", "swap"]),
-    "11_three_channels": (lambda d: save(d / "m.npz", training_set=TRAIN[:, [0, 0, 1]]),
-                          ["training_set", "(24, 3, 32, 64)", "(N, 2, H, W)"]),
+    "11_channels_last": (
+        lambda d: save(d / "m.npz", training_set=np.moveaxis(TRAIN, 1, -1)),
+        ["training_set", "(24, 32, 64, 2)", "(N, 2, H, W)", "channels come last"],
+    ),
+    "11_channels_first": (
+        lambda d: save(d / "m.npz", training_set=TRAIN.swapaxes(0, 1)),
+        ["training_set", "(2, 24, 32, 64)", "channels come first"],
+    ),
+    "11_height_and_width_swapped": (
+        lambda d: save(d / "m.npz", test_set=TEST.swapaxes(1, 2)),
+        ["test_set", "(6, 64, 32)", "(M, 32, 64)", "swapped"],
+    ),
+    "11_masks_first": (
+        lambda d: save(d / "m.npz", training_set=TRAIN[:, ::-1]),
+        ["training_set", "labels", "swap"],
+    ),
+    "11_three_channels": (
+        lambda d: save(d / "m.npz", training_set=TRAIN[:, [0, 0, 1]]),
+        ["training_set", "(24, 3, 32, 64)", "(N, 2, H, W)"],
+    ),
     "11_no_labels": (lambda d: save(d / "m.npz", training_set=TRAIN[:, 0]), ["training_set", "(24, 32, 64)"]),
-    "11_test_with_channels": (lambda d: save(d / "m.npz", test_set=TEST[:, None]), ["test_set", "(6, 1, 32, 64)"]),
-    "11_test_of_other_size": (lambda d: save(d / "m.npz", test_set=TEST[:, :16]), ["test_set", "(6, 16, 64)"]),
-    "11_labels_of_other_size": (lambda d: save(d / "m.npz", test_labels=T["test_labels"][:5]),
-                                ["test_labels", "(5, 32, 64)", "(6, 32, 64)"]),
-    "12_no_images": (lambda d: save(d / "m.npz", training_set=TRAIN[:0]), ["training_set", "(0, 2, 32, 64)", "2 images"]),
-    "12_one_image": (lambda d: save(d / "m.npz", training_set=TRAIN[:1]), ["training_set", "(1, 2, 32, 64)", "2 images"]),
-    "12_no_test_images": (lambda d: save(d / "m.npz", test_set=TEST[:0], test_labels=None), ["test_set", "(0, 32, 64)"]),
-    "12_no_pixels": (lambda d: save(d / "m.npz", training_set=TRAIN[..., :0]), ["training_set", "(24, 2, 32, 0)"]),
-    "13_complex": (lambda d: save(d / "m.npz", training_set=TRAIN.astype(complex)), ["training_set", "complex128", "numbers"]),
+    "11_test_with_channels": (
+        lambda d: save(d / "m.npz", test_set=TEST[:, None]),
+        ["test_set", "(6, 1, 32, 64)"],
+    ),
+    "11_test_of_other_size": (
+        lambda d: save(d / "m.npz", test_set=TEST[:, :16]),
+        ["test_set", "(6, 16, 64)"],
+    ),
+    "11_labels_of_other_size": (
+        lambda d: save(d / "m.npz", test_labels=T["test_labels"][:5]),
+        ["test_labels", "(5, 32, 64)", "(6, 32, 64)"],
+    ),
+    "12_no_images": (
+        lambda d: save(d / "m.npz", training_set=TRAIN[:0]),
+        ["training_set", "(0, 2, 32, 64)", "2 images"],
+    ),
+    "12_one_image": (
+        lambda d: save(d / "m.npz", training_set=TRAIN[:1]),
+        ["training_set", "(1, 2, 32, 64)", "2 images"],
+    ),
+    "12_no_test_images": (
+        lambda d: save(d / "m.npz", test_set=TEST[:0], test_labels=None),
+        ["test_set", "(0, 32, 64)"],
+    ),
+    "12_no_pixels": (
+        lambda d: save(d / "m.npz", training_set=TRAIN[..., :0]),
+        ["training_set", "(24, 2, 32, 0)"],
+    ),
+    "13_complex": (
+        lambda d: save(d / "m.npz", training_set=TRAIN.astype(complex)),
+        ["training_set", "complex128", "numbers"],
+    ),
     "13_text": (lambda d: save(d / "m.npz", test_set=TEST.astype("U3")), ["test_set", "<U3", "numbers"]),
-    "14_nan": (lambda d: save(d / "m.npz", training_set=edited("training_set", (7, 0, 3, 3), np.nan, float)),
-               ["training_set[:, 0]", "NaN", "image 7"]),
-    "14_inf_in_test": (lambda d: save(d / "m.npz", test_set=edited("test_set", (slice(2, 4), 1), np.inf, np.float32)),
-                       ["test_set", "infinite", "image 2"]),
-    "14_nan_labels": (lambda d: save(d / "m.npz", training_set=edited("training_set", (5, 1, 0, 0), np.nan, float)),
-                      ["training_set[:, 1]", "1 pixels", "first 5", "nan"]),
-    "15_all_constant": (lambda d: save(d / "m.npz", training_set=np.stack([np.full_like(TRAIN[:, 0], 90), TRAIN[:, 1]], 1)),
-                        ["constant grey"]),
-    "16_label_255": (lambda d: save(d / "m.npz", training_set=edited("training_set", ([3, 9], 1, 2), 255)),
-                     ["training_set[:, 1]", "0 to 4", "128 pixels", "2 images", "3, 9", "255"]),
-    "16_label_255_of_fractions": (lambda d: save(d / "m.npz", training_set=edited(
-        "training_set", (3, 1, 2, 2), 255, float) * np.array([1 / 255, 1])[:, None, None]),
-        ["training_set[:, 1]", "1 pixels", "first 3", "hold 255"]),
-    "16_label_minus_1": (lambda d: save(d / "m.npz", training_set=edited("training_set", (0, 1, 0, 0), -1, np.int16)),
-                         ["training_set[:, 1]", "1 pixels", "first 0", "hold -1"]),
-    "16_label_5": (lambda d: save(d / "m.npz", training_set=edited("training_set", (23, 1, 31, 63), 5)),
-                   ["training_set[:, 1]", "1 pixels", "first 23", "hold 5"]),
-    "16_label_1.5": (lambda d: save(d / "m.npz", training_set=edited("training_set", (1, 1, 0, 0), 1.5, float)),
-                     ["training_set[:, 1]", "first 1", "hold 1.5"]),
-    "16_several_values": (lambda d: save(d / "m.npz", training_set=edited("training_set", (4, 1, 0), range(64))),
-                          ["59 pixels", "1 images", "first 4", "5, 6, 7"]),
-    "16_test_label": (lambda d: save(d / "m.npz", test_labels=edited("test_labels", (2, 0, 0), 9)),
-                      ["test_labels", "first 2", "hold 9"]),
-    "17_all_background": (lambda d: save(d / "m.npz", training_set=np.stack([TRAIN[:, 0], 0 * TRAIN[:, 1]], 1)),
-                          ["every training pixel", "background"]),
+    "14_nan": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", (7, 0, 3, 3), np.nan, float)),
+        ["training_set[:, 0]", "NaN", "image 7"],
+    ),
+    "14_inf_in_test": (
+        lambda d: save(d / "m.npz", test_set=edited("test_set", (slice(2, 4), 1), np.inf, np.float32)),
+        ["test_set", "infinite", "image 2"],
+    ),
+    "14_nan_labels": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", (5, 1, 0, 0), np.nan, float)),
+        ["training_set[:, 1]", "1 pixels", "first 5", "nan"],
+    ),
+    "15_all_constant": (
+        lambda d: save(d / "m.npz", training_set=np.stack([np.full_like(TRAIN[:, 0], 90), TRAIN[:, 1]], 1)),
+        ["constant grey"],
+    ),
+    "16_label_255": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", ([3, 9], 1, 2), 255)),
+        ["training_set[:, 1]", "0 to 4", "128 pixels", "2 images", "3, 9", "255"],
+    ),
+    "16_label_255_of_fractions": (
+        lambda d: save(
+            d / "m.npz",
+            training_set=edited("training_set", (3, 1, 2, 2), 255, float)
+            * np.array([1 / 255, 1])[:, None, None],
+        ),
+        ["training_set[:, 1]", "1 pixels", "first 3", "hold 255"],
+    ),
+    "16_label_minus_1": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", (0, 1, 0, 0), -1, np.int16)),
+        ["training_set[:, 1]", "1 pixels", "first 0", "hold -1"],
+    ),
+    "16_label_5": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", (23, 1, 31, 63), 5)),
+        ["training_set[:, 1]", "1 pixels", "first 23", "hold 5"],
+    ),
+    "16_label_1.5": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", (1, 1, 0, 0), 1.5, float)),
+        ["training_set[:, 1]", "first 1", "hold 1.5"],
+    ),
+    "16_several_values": (
+        lambda d: save(d / "m.npz", training_set=edited("training_set", (4, 1, 0), range(64))),
+        ["59 pixels", "1 images", "first 4", "5, 6, 7"],
+    ),
+    "16_test_label": (
+        lambda d: save(d / "m.npz", test_labels=edited("test_labels", (2, 0, 0), 9)),
+        ["test_labels", "first 2", "hold 9"],
+    ),
+    "17_all_background": (
+        lambda d: save(d / "m.npz", training_set=np.stack([TRAIN[:, 0], 0 * TRAIN[:, 1]], 1)),
+        ["every training pixel", "background"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_one_sentence(tmp_path, capsys, name):
-    """main() ends with status 2 and one line that names what is wrong; nothing is executed, nothing written."""
+    """main() ends with status 2 and one line that names what is wrong; nothing is executed, nothing
+    written."""
     make, expected = FAULTS[name]
     folder = tmp_path / "data set"  # fault 53: a space in the path
     folder.mkdir()
@@ -181,7 +282,11 @@ def test_fault_is_one_sentence(tmp_path, capsys, name):
     before = sorted(folder.iterdir())
     assert solve.main(["--data", str(data), "--out", str(out), "--no-clean"]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith("solve.py: ") and said.err.count("\n") == 1 and "Traceback" not in said.err + said.out
+    assert (
+        said.err.startswith("solve.py: ")
+        and said.err.count("\n") == 1
+        and "Traceback" not in said.err + said.out
+    )
     for part in ["data set", *expected]:
         assert part in said.err
     assert sorted(folder.iterdir()) == before and not out.exists()
@@ -197,7 +302,8 @@ def test_evil_payload_would_work(tmp_path):
 
 @pytest.mark.parametrize("name", ["09_header_of_terabytes", "09_zip_bomb"])
 def test_bombs_are_refused_before_memory_is_taken(tmp_path, name):
-    """Fault 9: terabytes in a header or a thousandfold compression cost less than 4 MB before they are refused."""
+    """Fault 9: terabytes in a header or a thousandfold compression cost less than 4 MB before they are
+    refused."""
     path = FAULTS[name][0](tmp_path)
     tracemalloc.start()
     try:
@@ -246,17 +352,21 @@ def test_a_cut_file_never_loads(tmp_path, compressed):
 # ------------------------------------------------------------------------------ 1, 2: which file
 
 
-@pytest.mark.parametrize("files,chosen", [
-    (["mars_for_students.npz"], "mars_for_students.npz"),
-    (["a.npz", "mars_for_students.npz", "sample.npz"], "mars_for_students.npz"),
-    (["sample.npz"], "sample.npz"),
-    (["sample.npz", "other.npz"], "other.npz"),
-    (["only.npz"], "only.npz"),
-    (["sub/deep/mars.npz"], "sub/deep/mars.npz"),
-    (["a/x.npz", "b/mars_for_students.npz"], "b/mars_for_students.npz"),
-])
+@pytest.mark.parametrize(
+    "files,chosen",
+    [
+        (["mars_for_students.npz"], "mars_for_students.npz"),
+        (["a.npz", "mars_for_students.npz", "sample.npz"], "mars_for_students.npz"),
+        (["sample.npz"], "sample.npz"),
+        (["sample.npz", "other.npz"], "other.npz"),
+        (["only.npz"], "only.npz"),
+        (["sub/deep/mars.npz"], "sub/deep/mars.npz"),
+        (["a/x.npz", "b/mars_for_students.npz"], "b/mars_for_students.npz"),
+    ],
+)
 def test_which_file_a_folder_stands_for(tmp_path, files, chosen):
-    """The competition's name first, then the one other file, the sample last; sub-folders if there is none above."""
+    """The competition's name first, then the one other file, the sample last; sub-folders if there is none
+    above."""
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         save(tmp_path / name)
@@ -304,8 +414,24 @@ def test_without_test_set_there_is_a_note(tmp_path):
     assert len(data.notes) == 1 and "no test_set" in data.notes[0] and "no submission" in data.notes[0]
 
 
-WHOLE = ["uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64", "longdouble",
-         ">i2", ">u2", ">i4", ">i8", ">f4", ">f8"]
+WHOLE = [
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float32",
+    "float64",
+    "longdouble",
+    ">i2",
+    ">u2",
+    ">i4",
+    ">i8",
+    ">f4",
+    ">f8",
+]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -313,18 +439,30 @@ WHOLE = ["uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "floa
 def test_any_type_of_whole_grey_values(tmp_path, dtype, compressed):
     """Fault 13: 0 to 255 in any numeric type and byte order gives the same uint8, and torch takes it."""
     data = lib.load_data(save(tmp_path / "m.npz", compressed, **{k: v.astype(dtype) for k, v in T.items()}))
-    for got, want in ((data.images, TRAIN[:, 0]), (data.masks, TRAIN[:, 1]), (data.test_images, TEST),
-                      (data.test_labels, T["test_labels"])):
+    for got, want in (
+        (data.images, TRAIN[:, 0]),
+        (data.masks, TRAIN[:, 1]),
+        (data.test_images, TEST),
+        (data.test_labels, T["test_labels"]),
+    ):
         assert got.dtype == np.uint8 and got.flags.c_contiguous
         np.testing.assert_array_equal(got, want)
         torch.from_numpy(got)
     assert data.notes == []
 
 
-@pytest.mark.parametrize("layout", [lambda a: a[::-1, ..., ::-1], np.asfortranarray, lambda a: a.repeat(2, -1)[..., ::2],
-                                    lambda a: np.broadcast_to(a[:1], a.shape)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda a: a[::-1, ..., ::-1],
+        np.asfortranarray,
+        lambda a: a.repeat(2, -1)[..., ::2],
+        lambda a: np.broadcast_to(a[:1], a.shape),
+    ],
+)
 def test_any_memory_layout(tmp_path, layout):
-    """Fault 13: negative strides, Fortran order, steps and broadcasts end as contiguous arrays of the same pixels."""
+    """Fault 13: negative strides, Fortran order, steps and broadcasts end as contiguous arrays of the same
+    pixels."""
     changed = {k: layout(v) for k, v in T.items()}
     data = lib.load_data(save(tmp_path / "m.npz", **changed))
     np.testing.assert_array_equal(data.images, changed["training_set"][:, 0])
@@ -335,9 +473,12 @@ def test_any_memory_layout(tmp_path, layout):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
 def test_fractions_become_grey_values(tmp_path, dtype):
-    """Fault 13: images of 0 to 1 come back as their 0 to 255 (float16 within 1), the labels stay, a note says so."""
+    """Fault 13: images of 0 to 1 come back as their 0 to 255 (float16 within 1), the labels stay, a note says
+    so."""
     scaled = T["training_set"] * np.array([1 / 255, 1])[:, None, None]
-    data = lib.load_data(save(tmp_path / "m.npz", training_set=scaled.astype(dtype), test_set=(TEST / 255).astype(dtype)))
+    data = lib.load_data(
+        save(tmp_path / "m.npz", training_set=scaled.astype(dtype), test_set=(TEST / 255).astype(dtype))
+    )
     off = 1 if dtype == "float16" else 0
     assert np.abs(data.images.astype(int) - TRAIN[:, 0]).max() <= off
     assert np.abs(data.test_images.astype(int) - TEST).max() <= off
@@ -347,15 +488,21 @@ def test_fractions_become_grey_values(tmp_path, dtype):
 
 def test_fractional_grey_values_are_rounded(tmp_path):
     """Fault 13: 99.6 of 255 is grey 100."""
-    data = lib.load_data(save(tmp_path / "m.npz", training_set=edited(
-        "training_set", (0, 0, 0, slice(0, 4)), [99.6, 100.4, 0, 254.9], float)))
+    data = lib.load_data(
+        save(
+            tmp_path / "m.npz",
+            training_set=edited("training_set", (0, 0, 0, slice(0, 4)), [99.6, 100.4, 0, 254.9], float),
+        )
+    )
     assert data.images[0, 0, :4].tolist() == [100, 100, 0, 255]
 
 
 def test_booleans(tmp_path):
     """Fault 13: black and white images with labels 0 and 1, all bool: grey 0 and 255, labels 0 and 1."""
     train = TRAIN % 2 == 1
-    data = lib.load_data(save(tmp_path / "m.npz", training_set=train, test_set=TEST % 2 == 1, test_labels=None))
+    data = lib.load_data(
+        save(tmp_path / "m.npz", training_set=train, test_set=TEST % 2 == 1, test_labels=None)
+    )
     np.testing.assert_array_equal(data.images, train[:, 0] * np.uint8(255))
     np.testing.assert_array_equal(data.masks, train[:, 1])
 
@@ -373,10 +520,13 @@ def test_wide_values_are_mapped_onto_grey(tmp_path):
 
 @pytest.mark.parametrize("change", [lambda a: a.astype(np.uint16) * 200, lambda a: a / 100 - 1.2])
 def test_training_and_test_are_mapped_alike(tmp_path, change):
-    """Fault 13: 16-bit or standardised grey means the same after loading, though the test set's range is smaller."""
+    """Fault 13: 16-bit or standardised grey means the same after loading, though the test set's range is
+    smaller."""
     train = np.stack([change(TRAIN[:, 0]), TRAIN[:, 1]], 1)
     dark = np.minimum(TRAIN[:6, 0], 120)
-    data = lib.load_data(save(tmp_path / "m.npz", training_set=train, test_set=change(dark), test_labels=None))
+    data = lib.load_data(
+        save(tmp_path / "m.npz", training_set=train, test_set=change(dark), test_labels=None)
+    )
     same = TRAIN[:6, 0] == dark
     np.testing.assert_array_equal(data.test_images[same], data.images[:6][same])
 
@@ -412,7 +562,9 @@ def test_any_size(tmp_path, h, w):
     train = np.stack([rng.integers(0, 256, (3, h, w)), rng.integers(1, 5, (3, h, w))], 1).astype(np.uint8)
     if h * w == 1:  # one pixel is one grey: that is fault 15
         with pytest.raises(lib.UserError, match="constant"):
-            lib.load_data(save(tmp_path / "m.npz", training_set=train, test_set=train[:, 0], test_labels=None))
+            lib.load_data(
+                save(tmp_path / "m.npz", training_set=train, test_set=train[:, 0], test_labels=None)
+            )
         return
     data = lib.load_data(save(tmp_path / "m.npz", training_set=train, test_set=train[:, 0], test_labels=None))
     assert data.images.shape == data.test_images.shape == (3, h, w)
@@ -423,12 +575,21 @@ def test_any_size(tmp_path, h, w):
 
 def test_fingerprint_by_hand(tmp_path):
     """Counts, range, shares and images holding each class, counted on two images of 2×4."""
-    train = np.array([[[[10, 20, 30, 40], [50, 60, 70, 80]], [[1, 1, 1, 1], [0, 0, 2, 2]]],
-                      [[[11, 21, 31, 41], [51, 61, 71, 99]], [[2, 2, 2, 2], [2, 2, 2, 4]]]], np.uint8)
+    train = np.array(
+        [
+            [[[10, 20, 30, 40], [50, 60, 70, 80]], [[1, 1, 1, 1], [0, 0, 2, 2]]],
+            [[[11, 21, 31, 41], [51, 61, 71, 99]], [[2, 2, 2, 2], [2, 2, 2, 4]]],
+        ],
+        np.uint8,
+    )
     path = tmp_path / "m.npz"
     np.savez(path, training_set=train)
     facts = lib.fingerprint(lib.load_data(path))
-    assert facts["train_images"] == 2 and facts["test_images"] == 0 and (facts["height"], facts["width"]) == (2, 4)
+    assert (
+        facts["train_images"] == 2
+        and facts["test_images"] == 0
+        and (facts["height"], facts["width"]) == (2, 4)
+    )
     assert facts["range"] == [10, 99]
     assert facts["pixel_share"] == [0.125, 0.25, 0.5625, 0, 0.0625]
     assert facts["images_holding"] == [1, 1, 2, 0, 1]

@@ -1,8 +1,8 @@
 """Folds: every image once, copies together, rare images spread evenly."""
-import numpy as np
-import pytest
 
 import lib
+import numpy as np
+import pytest
 
 
 def tiles(n, rare_every=0, seed=0):
@@ -46,7 +46,10 @@ def test_dominant_classes_are_spread_evenly():
 def test_copies_share_a_fold(folds):
     """Equal images are never on both sides of a split, whatever their masks say."""
     images, masks = tiles(60, 4)
-    images, masks = np.concatenate([images, images[:30], images[:10]]), np.concatenate([masks, 3 - masks[:30] % 4, masks[:10]])
+    images, masks = (
+        np.concatenate([images, images[:30], images[:10]]),
+        np.concatenate([masks, 3 - masks[:30] % 4, masks[:10]]),
+    )
     fold_of = lib.make_folds(images, masks, folds, 0)
     np.testing.assert_array_equal(fold_of[60:90], fold_of[:30])
     np.testing.assert_array_equal(fold_of[90:], fold_of[:10])
@@ -80,7 +83,8 @@ def test_fewer_images_than_folds():
 
 
 def test_same_seed_same_folds_other_seed_others():
-    """The split depends on the seed and on nothing else: not on a call before, nor on NumPy's global state."""
+    """The split depends on the seed and on nothing else: not on a call before, nor on NumPy's global
+    state."""
     images, masks = tiles(200, 10)
     np.random.seed(1)
     first = lib.make_folds(images, masks, 5, 3)

@@ -1,12 +1,13 @@
 """The competition's metric and the paper's."""
+
+import lib
 import numpy as np
 import pytest
 
-import lib
-
 
 def keras_mean_iou(truth, pred, num_classes, ignore_class):
-    """Keras' MeanIoU in loops over pixels and classes: update_state, then result, without its epsilon of 1e-7."""
+    """Keras' MeanIoU in loops over pixels and classes: update_state, then result, without its epsilon of
+    1e-7."""
     total = [[0.0] * num_classes for _ in range(num_classes)]
     for t, p in zip(truth.ravel().tolist(), pred.ravel().tolist(), strict=True):
         weight = 1.0
@@ -25,14 +26,17 @@ def keras_mean_iou(truth, pred, num_classes, ignore_class):
 
 @pytest.mark.parametrize("ignore_class", [0, None])
 def test_equals_keras_on_100_random_cases(ignore_class):
-    """Within 1e-9 of Keras' formula, with absent classes, predicted zeros and unlabelled pixels among the cases."""
+    """Within 1e-9 of Keras' formula, with absent classes, predicted zeros and unlabelled pixels among the
+    cases."""
     rng = np.random.default_rng(1)
     zeros = absent = 0
     for _ in range(100):
-        classes = rng.permutation(5)[:rng.integers(1, 6)]
+        classes = rng.permutation(5)[: rng.integers(1, 6)]
         shape = tuple(rng.integers(1, 7, 3))
         truth = rng.choice(classes, shape).astype(np.uint8)
-        pred = np.where(rng.random(shape) < rng.random(), truth, rng.choice(rng.permutation(5)[:3], shape)).astype(np.uint8)
+        pred = np.where(
+            rng.random(shape) < rng.random(), truth, rng.choice(rng.permutation(5)[:3], shape)
+        ).astype(np.uint8)
         zeros += bool((pred[truth > 0] == 0).any())
         absent += len(np.union1d(truth, pred)) < 5
         got = lib.iou_scores(lib.confusion_matrix(truth, pred), ignore_class)[0]
@@ -42,7 +46,8 @@ def test_equals_keras_on_100_random_cases(ignore_class):
 
 
 def test_two_by_two_by_hand():
-    """Truth 1 1 / 2 0 and prediction 1 2 / 2 3: both classes 1/2, and the 3 on unlabelled ground counts for nothing."""
+    """Truth 1 1 / 2 0 and prediction 1 2 / 2 3: both classes 1/2, and the 3 on unlabelled ground counts for
+    nothing."""
     truth, pred = np.array([[[1, 1], [2, 0]]], np.uint8), np.array([[[1, 2], [2, 3]]], np.uint8)
     miou, iou = lib.iou_scores(lib.confusion_matrix(truth, pred))
     assert miou == 0.5
@@ -94,7 +99,8 @@ def test_false_alarm_alone_counts_as_zero():
 
 
 def test_whole_set_is_not_the_mean_of_images():
-    """One confusion matrix over all images: 6 of 8 pixels right is (6/8 + 0) / 2 = 3/8; the mean of images is 5/8."""
+    """One confusion matrix over all images: 6 of 8 pixels right is (6/8 + 0) / 2 = 3/8; the mean of images is
+    5/8."""
     truth = np.ones((2, 1, 4), np.uint8)
     pred = np.array([[[1, 1, 1, 1]], [[1, 1, 2, 2]]], np.uint8)
     assert lib.iou_scores(lib.confusion_matrix(truth, pred))[0] == 3 / 8

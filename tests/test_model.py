@@ -1,33 +1,37 @@
 """The network, its loss and the averaged weights."""
+
 import math
 
+import lib
 import pytest
 import torch
 import torch.nn.functional as F
-
-import lib
 
 # ------------------------------------------------------------------------------ network
 
 
 def published_parameters(in_channels, classes, width):
-    """Count the paper's U-Net in closed form: weights and biases of every layer, from the published structure."""
+    """Count the paper's U-Net in closed form: weights and biases of every layer, from the published
+    structure."""
+
     def block(i, o):
         return 9 * i * o + 9 * o * o + 2 * 2 * o  # two 3×3 convolutions; batch norm's scale and shift
+
     widths = [width, 2 * width, 4 * width, 8 * width]
     encoder = block(in_channels, width) + sum(block(w, 2 * w) for w in widths)  # the last is the bottleneck
     decoder = 0
     for w in widths:
-        decoder += 4 * 2 * w * w + w    # transposed 2×2 up
-        decoder += w + 1                # gate: 1×1 to one channel
-        decoder += w * w + w            # 1×1 of the decoder's features
+        decoder += 4 * 2 * w * w + w  # transposed 2×2 up
+        decoder += w + 1  # gate: 1×1 to one channel
+        decoder += w * w + w  # 1×1 of the decoder's features
         decoder += block(2 * w, w)
         decoder += w * classes + classes  # head
     return encoder + decoder
 
 
 def test_the_papers_network_has_its_size():
-    """UNet(1, 5, 64) has the 31,391,320 parameters that the published structure gives (31.4 M in the paper)."""
+    """UNet(1, 5, 64) has the 31,391,320 parameters that the published structure gives (31.4 M in the
+    paper)."""
     with torch.device("meta"):
         model = lib.UNet(1, 5, 64)
     assert sum(p.numel() for p in model.parameters()) == published_parameters(1, 5, 64) == 31_391_320
@@ -38,13 +42,14 @@ def test_other_sizes_follow_the_same_formula(channels, classes, width):
     """--width scales every level alike; more input channels touch the first convolution only."""
     model = lib.UNet(channels, classes, width)
     assert sum(p.numel() for p in model.parameters()) == published_parameters(channels, classes, width)
-    assert [block[0].out_channels for block in model.encoder] == [width * 2 ** i for i in range(5)]
+    assert [block[0].out_channels for block in model.encoder] == [width * 2**i for i in range(5)]
 
 
 @pytest.mark.parametrize("h,w", [(64, 128), (65, 127), (1, 1), (16, 17), (3, 200)])
 @pytest.mark.parametrize("residual", [False, True])
 def test_any_size_in_same_size_out(h, w, residual):
-    """Fault 19: the full-size logits have the input's height and width; in evaluation they are the only ones."""
+    """Fault 19: the full-size logits have the input's height and width; in evaluation they are the only
+    ones."""
     model = lib.UNet(2, 4, 2, residual=residual).eval()
     out = model(torch.randn(2, 6 if residual else 2, h, w))
     assert [o.shape for o in out] == [(2, 4, h, w)] and out[0].isfinite().all()
@@ -62,11 +67,14 @@ def test_padding_does_not_shift():
     """The answer for a 60×120 image is the corner of the answer for that image continued by its border."""
     model = lib.UNet(1, 3, 2).eval()
     x = torch.randn(1, 1, 60, 120)
-    torch.testing.assert_close(model(x)[0], model(F.pad(x, (0, 8, 0, 4), mode="replicate"))[0][..., :60, :120])
+    torch.testing.assert_close(
+        model(x)[0], model(F.pad(x, (0, 8, 0, 4), mode="replicate"))[0][..., :60, :120]
+    )
 
 
 def test_every_parameter_gets_a_gradient():
-    """No layer hangs loose: after one loss over all outputs every parameter has a gradient other than zero."""
+    """No layer hangs loose: after one loss over all outputs every parameter has a gradient other than
+    zero."""
     torch.manual_seed(0)
     model = lib.UNet(1, 4, 4)
     sum(o.square().mean() for o in model(torch.randn(2, 1, 32, 64))).backward()
@@ -109,7 +117,8 @@ def test_residual_starts_exactly_at_the_prior(training):
 
 
 def test_residual_does_not_convolve_the_prior():
-    """The first convolution sees in_channels channels only, and the correction is learnt: heads get gradients."""
+    """The first convolution sees in_channels channels only, and the correction is learnt: heads get
+    gradients."""
     model = lib.UNet(2, 4, 4, residual=True)
     assert model.encoder[0][0].in_channels == 2
     model(torch.randn(2, 6, 32, 32))[0].square().mean().backward()
@@ -137,11 +146,14 @@ def test_class_weights_by_hand():
 @pytest.mark.parametrize("ignore_index", [-1, 255])
 @pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.3, 2.0, 7.0, 1.5])])
 def test_gamma_0_is_cross_entropy(weight, ignore_index):
-    """γ = 0 and α = 1 is PyTorch's cross_entropy, value and gradient, with and without weights and ignored pixels."""
+    """γ = 0 and α = 1 is PyTorch's cross_entropy, value and gradient, with and without weights and ignored
+    pixels."""
     torch.manual_seed(0)
     target = torch.randint(0, 5, (3, 6, 7))
     target[torch.rand(3, 6, 7) < 0.3] = ignore_index
-    ours, theirs = (torch.randn(3, 5, 6, 7, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
+    ours, theirs = (
+        torch.randn(3, 5, 6, 7, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab"
+    )
     one = lib.focal_loss(ours, target, 0.0, weight=weight, ignore_index=ignore_index)
     two = F.cross_entropy(theirs, target, weight=weight, ignore_index=ignore_index)
     torch.testing.assert_close(one, two)
@@ -158,7 +170,7 @@ def test_gradient_equals_the_formula_in_double(gamma):
     plain = logits.detach().double().requires_grad_()
     target = torch.randint(0, 4, (2, 5, 5))
     p = plain.softmax(1).gather(1, target[:, None])[:, 0]
-    want = (-(1 - p) ** gamma * p.log()).mean()
+    want = (-((1 - p) ** gamma) * p.log()).mean()
     got = lib.focal_loss(logits, target, gamma)
     want.backward()
     got.backward()
@@ -203,15 +215,16 @@ def test_ignored_pixels_get_no_gradient():
 
 def test_level_weights_by_hand():
     """Logits of zero cost ln 2 on every level: the paper's weights give (1 + 0.2 + 0.3 + 0.5)·ln 2."""
-    logits = [torch.zeros(1, 2, 16 // 2 ** i, 32 // 2 ** i) for i in range(4)]
+    logits = [torch.zeros(1, 2, 16 // 2**i, 32 // 2**i) for i in range(4)]
     loss = lib.deep_supervision_loss(logits, torch.zeros(1, 16, 32).long(), (0.2, 0.3, 0.5), gamma=0.0)
     assert loss.item() == pytest.approx(2.0 * math.log(2), rel=1e-6)
 
 
 def test_each_level_has_its_own_weight():
-    """Only one inner output is wrong by 10, -log p = 10 + ln(1 + e^-10): the loss shows that level's weight."""
+    """Only one inner output is wrong by 10, -log p = 10 + ln(1 + e^-10): the loss shows that level's
+    weight."""
     for level, weight in zip((1, 2, 3), (0.2, 0.3, 0.5), strict=True):
-        logits = [torch.zeros(1, 2, 8 // 2 ** i, 8 // 2 ** i) for i in range(4)]
+        logits = [torch.zeros(1, 2, 8 // 2**i, 8 // 2**i) for i in range(4)]
         for out in logits:
             out[:, 0] = 1000  # right, costs 0
         logits[level][:, 0], logits[level][:, 1] = 0, 10
@@ -220,10 +233,11 @@ def test_each_level_has_its_own_weight():
 
 
 def test_coarse_targets_are_every_second_pixel():
-    """A lone labelled pixel at (1, 1) counts at full size and at half size, where it is pixel (0, 0), only."""
+    """A lone labelled pixel at (1, 1) counts at full size and at half size, where it is pixel (0, 0),
+    only."""
     target = torch.full((1, 8, 8), -1)
     target[0, 1, 1] = 0
-    logits = [torch.zeros(1, 2, 8 // 2 ** i, 8 // 2 ** i) for i in range(4)]
+    logits = [torch.zeros(1, 2, 8 // 2**i, 8 // 2**i) for i in range(4)]
     loss = lib.deep_supervision_loss(logits, target, (0.2, 0.3, 0.5), gamma=0.0)
     assert loss.item() == pytest.approx(1.2 * math.log(2), rel=1e-6)
 
@@ -232,8 +246,9 @@ def test_coarse_targets_are_every_second_pixel():
 def test_odd_sizes_have_a_loss(h, w):
     """Fault 19: outputs of the padded size against targets of an odd one give a finite loss and gradients."""
     model = lib.UNet(1, 4, 2)
-    loss = lib.deep_supervision_loss(model(torch.randn(2, 1, h, w)), torch.randint(0, 4, (2, h, w)), (0.1, 0.1, 0.1),
-                                     gamma=2.0)
+    loss = lib.deep_supervision_loss(
+        model(torch.randn(2, 1, h, w)), torch.randint(0, 4, (2, h, w)), (0.1, 0.1, 0.1), gamma=2.0
+    )
     loss.backward()
     assert loss.isfinite() and model.heads[0].weight.grad.isfinite().all()
 
@@ -250,8 +265,10 @@ def two_models(steps):
     return ema, model
 
 
-@pytest.mark.parametrize("steps,decay,moved", [(1, 0.99, 9 / 11), (8, 0.99, 0.5), (10 ** 6, 0.99, 0.01), (8, 0.2, 0.8),
-                                               (10 ** 6, 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "steps,decay,moved",
+    [(1, 0.99, 9 / 11), (8, 0.99, 0.5), (10**6, 0.99, 0.01), (8, 0.2, 0.8), (10**6, 0.0, 1.0)],
+)
 def test_update_ema_by_hand(steps, decay, moved):
     """After t steps it moves 1 - min(decay, (1 + t) / (10 + t)) of the way, running statistics included."""
     ema, model = two_models(steps)
@@ -285,9 +302,12 @@ class Ramp(torch.nn.Module):
 
 @pytest.mark.parametrize("tta", [False, True])
 def test_probabilities_by_hand(tta):
-    """The softmax in steps of 1/255, mean with the mirrored copy's, in input order over batches of 2; class 0 stays 0."""
+    """The softmax in steps of 1/255, mean with the mirrored copy's, in input order over batches of 2; class 0
+    stays 0."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
-    got = lib.predict_probs(Ramp(), lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, 2)
+    got = lib.predict_probs(
+        Ramp(), lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, 2
+    )
     probs = Ramp()(images)[0].softmax(1)
     if tta:
         probs = (probs + Ramp()(images.flip(-1))[0].softmax(1).flip(-1)) / 2

@@ -1,25 +1,30 @@
 """Opening and closing per class."""
+
 import cv2
+import lib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import lib
-
 KERNEL = np.ones((3, 3), np.uint8)
-blobs = hnp.arrays(np.uint8, st.tuples(st.just(1), st.integers(1, 8), st.integers(1, 8)), elements=st.integers(0, 4)).map(
-    lambda m: m.repeat(2, 1).repeat(2, 2))  # 2×2 blobs: some are opened away, some are not
-specks = hnp.arrays(np.uint8, st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12)),
-                    elements=st.sampled_from([0, 1, 1, 1, 1, 2, 2, 3, 4]))
+blobs = hnp.arrays(
+    np.uint8, st.tuples(st.just(1), st.integers(1, 8), st.integers(1, 8)), elements=st.integers(0, 4)
+).map(lambda m: m.repeat(2, 1).repeat(2, 2))  # 2×2 blobs: some are opened away, some are not
+specks = hnp.arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12)),
+    elements=st.sampled_from([0, 1, 1, 1, 1, 2, 2, 3, 4]),
+)
 both = st.one_of(blobs, specks)
 
 
 @settings(max_examples=300, deadline=None)
 @given(both, st.permutations(range(5)))
 def test_relabelling_commutes(masks, numbering):
-    """Renumbering the classes and cleaning gives what cleaning and renumbering gives: no class comes before another."""
+    """Renumbering the classes and cleaning gives what cleaning and renumbering gives: no class comes before
+    another."""
     new = np.array(numbering, np.uint8)
     np.testing.assert_array_equal(lib.clean_masks(new[masks]), new[lib.clean_masks(masks)])
 
@@ -36,17 +41,21 @@ def test_no_class_vanishes_and_none_appears(masks):
 @given(both)
 def test_mirrored_masks_give_mirrored_results(masks):
     """Cleaning commutes with both mirrors: a 3×3 square has no preferred side."""
-    np.testing.assert_array_equal(lib.clean_masks(masks[:, ::-1, ::-1]), lib.clean_masks(masks)[:, ::-1, ::-1])
+    np.testing.assert_array_equal(
+        lib.clean_masks(masks[:, ::-1, ::-1]), lib.clean_masks(masks)[:, ::-1, ::-1]
+    )
 
 
 def test_grey_morphology_would_depend_on_the_numbering():
-    """The published way, grey opening and closing on the ids, fails test_relabelling_commutes: the test can fail."""
+    """The published way, grey opening and closing on the ids, fails test_relabelling_commutes: the test can
+    fail."""
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 5, (16, 16)).astype(np.uint8)
     new = np.array([3, 1, 4, 0, 2], np.uint8)
 
     def grey(m):
         return cv2.morphologyEx(cv2.morphologyEx(m, cv2.MORPH_OPEN, KERNEL), cv2.MORPH_CLOSE, KERNEL)
+
     assert (grey(new[mask]) != new[grey(mask)]).any()
 
 
@@ -58,7 +67,8 @@ def test_rare_class_of_one_pixel_survives():
 
 
 def test_speck_beside_a_block_of_its_class_goes():
-    """With a 3×3 block of rock elsewhere, the lone pixel is noise and becomes what surrounds it; the block stays."""
+    """With a 3×3 block of rock elsewhere, the lone pixel is noise and becomes what surrounds it; the block
+    stays."""
     mask = np.ones((1, 12, 12), np.uint8)
     mask[0, 3:6, 3:6] = 4
     mask[0, 9, 9] = 4
@@ -68,11 +78,12 @@ def test_speck_beside_a_block_of_its_class_goes():
 
 
 def test_two_classes_equal_opencv():
-    """With specks and holes apart from each other, the result is OpenCV's opening and then closing of either class."""
+    """With specks and holes apart from each other, the result is OpenCV's opening and then closing of either
+    class."""
     mask = np.full((40, 60), 1, np.uint8)
     mask[5:30, 30:55] = 3
-    mask[[10, 20, 34], [5, 15, 50]] = 3     # specks of sand on soil
-    mask[12, 40] = mask[20, 45:47] = 1      # holes of soil in sand
+    mask[[10, 20, 34], [5, 15, 50]] = 3  # specks of sand on soil
+    mask[12, 40] = mask[20, 45:47] = 1  # holes of soil in sand
     got = lib.clean_masks(mask[None])[0]
     for c in (1, 3):
         layer = (mask == c).astype(np.uint8)
@@ -106,11 +117,14 @@ def test_single_class_is_untouched(value):
 
 
 def test_images_do_not_touch_each_other():
-    """Cleaning a stack is cleaning each image alone: class 4's block in one does not doom the speck in the other."""
+    """Cleaning a stack is cleaning each image alone: class 4's block in one does not doom the speck in the
+    other."""
     masks = np.ones((2, 12, 12), np.uint8)
     masks[0, 2:6, 2:6] = 4
     masks[1, 5, 5] = 4
-    np.testing.assert_array_equal(lib.clean_masks(masks), np.concatenate([lib.clean_masks(m[None]) for m in masks]))
+    np.testing.assert_array_equal(
+        lib.clean_masks(masks), np.concatenate([lib.clean_masks(m[None]) for m in masks])
+    )
     assert lib.clean_masks(masks)[1, 5, 5] == 4
 
 

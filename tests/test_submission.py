@@ -1,13 +1,13 @@
 """The CSV as bytes, its checker and its zip."""
+
 import io
 import time
 import zipfile
 
+import lib
 import numpy as np
 import pandas as pd
 import pytest
-
-import lib
 
 
 def labels(m, h=4, w=6, seed=0):
@@ -24,16 +24,21 @@ def pandas_bytes(preds):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("m,h,w", [(200, 64, 128), (1001, 3, 5), (1, 1, 1), (9, 2, 2), (10, 2, 2), (11, 2, 2),
-                                   (100, 2, 2), (101, 2, 2)])
+@pytest.mark.parametrize(
+    "m,h,w",
+    [(200, 64, 128), (1001, 3, 5), (1, 1, 1), (9, 2, 2), (10, 2, 2), (11, 2, 2), (100, 2, 2), (101, 2, 2)],
+)
 def test_bytes_equal_pandas(tmp_path, m, h, w):
-    """200 rows of 8,192 columns, and every change in the number of an id's digits: byte for byte pandas' file."""
+    """200 rows of 8,192 columns, and every change in the number of an id's digits: byte for byte pandas'
+    file."""
     preds = np.random.default_rng(m).integers(0, 5, (m, h, w)).astype(np.uint8)
     lib.write_submission(tmp_path / "s.csv", preds)
     assert (tmp_path / "s.csv").read_bytes() == pandas_bytes(preds)
 
 
-@pytest.mark.parametrize("preds", [labels(12)[:, ::-1], np.asfortranarray(labels(12)), labels(12).astype(np.int64)])
+@pytest.mark.parametrize(
+    "preds", [labels(12)[:, ::-1], np.asfortranarray(labels(12)), labels(12).astype(np.int64)]
+)
 def test_bytes_do_not_depend_on_the_layout(tmp_path, preds):
     """Mirrored views, Fortran order and int64 give the rows in row-major order all the same."""
     lib.write_submission(tmp_path / "s.csv", preds)
@@ -41,7 +46,8 @@ def test_bytes_do_not_depend_on_the_layout(tmp_path, preds):
 
 
 def test_twenty_times_faster_than_pandas(tmp_path):
-    """2,000 rows of 8,192 columns in at most 1/20 of pandas' time; the best of three tries decides, so that noise does not."""
+    """2,000 rows of 8,192 columns in at most 1/20 of pandas' time; the best of three tries decides, so that
+    noise does not."""
     preds = labels(2000, 64, 128)
     start = time.perf_counter()
     want = pandas_bytes(preds)
@@ -73,15 +79,20 @@ def test_checker_reads_pandas(tmp_path):
 
 def put(row, column, cell):
     """Return an edit of the table of cells (row 0 is the header, column 0 the id)."""
+
     def edit(table):
         table[row][column] = cell
         return table
+
     return edit
 
 
 FAULTS = {  # name: (edit of the table of cells, what the sentence says)
     "header_without_id": (put(0, 0, b"ID"), ["header"]),
-    "header_counts_from_1": (lambda t: [[b"id", *[str(i + 1).encode() for i in range(24)]]] + t[1:], ["header"]),
+    "header_counts_from_1": (
+        lambda t: [[b"id", *[str(i + 1).encode() for i in range(24)]]] + t[1:],
+        ["header"],
+    ),
     "header_short": (lambda t: [t[0][:-1]] + t[1:], ["header"]),
     "no_header": (lambda t: t[1:], ["header"]),
     "first_row_missing": (lambda t: t[:1] + t[2:], ["row 0", "'1'"]),
@@ -90,7 +101,10 @@ FAULTS = {  # name: (edit of the table of cells, what the sentence says)
     "no_rows": (lambda t: t[:1], ["0 rows", "12"]),
     "row_too_many": (lambda t: t + [[b"12", *t[1][1:]]], ["more than 12"]),
     "wrong_id": (put(8, 0, b"77"), ["row 7", "'77'"]),
-    "id_from_1": (lambda t: t[:1] + [[b"%d" % (i + 1), *r[1:]] for i, r in enumerate(t[1:])], ["row 0", "'1'"]),
+    "id_from_1": (
+        lambda t: t[:1] + [[b"%d" % (i + 1), *r[1:]] for i, r in enumerate(t[1:])],
+        ["row 0", "'1'"],
+    ),
     "id_as_float": (put(1, 0, b"0.0"), ["row 0", "'0.0'"]),
     "empty_id": (put(4, 0, b""), ["row 3", "''"]),
     "a_zero": (put(3, 10, b"0"), ["row 2", "column 9", "'0'", "1 to 4"]),
@@ -103,8 +117,14 @@ FAULTS = {  # name: (edit of the table of cells, what the sentence says)
     "empty_cell": (put(6, 3, b""), ["row 5", "24 labels of one digit"]),
     "short_row": (lambda t: t[:4] + [t[4][:-1]] + t[5:], ["row 3", "24 labels", "23 columns"]),
     "long_row": (lambda t: t[:4] + [[*t[4], b"1"]] + t[5:], ["row 3", "24 labels", "25 columns"]),
-    "comma_missing": (lambda t: t[:3] + [[*t[3][:5], t[3][5] + t[3][6], *t[3][7:]]] + t[4:], ["row 2", "23 columns"]),
-    "semicolon": (lambda t: t[:3] + [[*t[3][:5], t[3][5] + b";" + t[3][6], *t[3][7:]]] + t[4:], ["row 2", "23 columns"]),
+    "comma_missing": (
+        lambda t: t[:3] + [[*t[3][:5], t[3][5] + t[3][6], *t[3][7:]]] + t[4:],
+        ["row 2", "23 columns"],
+    ),
+    "semicolon": (
+        lambda t: t[:3] + [[*t[3][:5], t[3][5] + b";" + t[3][6], *t[3][7:]]] + t[4:],
+        ["row 2", "23 columns"],
+    ),
 }
 
 

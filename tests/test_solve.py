@@ -1,0 +1,696 @@
+"""The command: its flags, a whole run on tiny data, what a kill leaves, what a wrong start says."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import lib
+import numpy as np
+import pandas as pd
+import pytest
+import solve
+import torch
+
+from conftest import ROOT, tiny_arrays
+from test_metric import keras_mean_iou
+
+FAST = [
+    "--folds",
+    "2",
+    "--width",
+    "4",
+    "--epochs",
+    "2",
+    "--lr",
+    "0.02",
+    "--ema-decay",
+    "0.8",
+    "--no-clean",
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+]
+LONG = [*FAST[:4], "--epochs", "5", *FAST[6:]]
+
+
+def start(argv):
+    """Run main in this process; return its exit status and what it wrote to both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = solve.main([str(word) for word in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(argv, *expected):
+    """Assert that argv ends with status 2 and one sentence that holds all of expected."""
+    status, out, err = start(argv)
+    assert (
+        status == 2 and err.startswith("solve.py: ") and err.count("\n") == 1 and "Traceback" not in out + err
+    )
+    for part in expected:
+        assert part in err
+
+
+def write(folder, name="mars.npz", **changed):
+    arrays = {k: v for k, v in {**tiny_arrays(), **changed}.items() if v is not None}
+    np.savez(folder / name, **arrays)
+    return folder / name
+
+
+def strict_json(path):
+    """Return what a JSON file holds; NaN and Infinity, which are no JSON, raise."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One whole run on the tiny data, two epochs: (folder of --out, what it printed)."""
+    folder = tmp_path_factory.mktemp("run")
+    status, out, err = start(["--data", write(folder), "--out", folder / "out", *FAST])
+    assert status == 0, err
+    return folder / "out", out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of five epochs a network that nobody disturbed: (data file, folder of --out)."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    data = write(folder)
+    status, _, err = start(["--data", data, "--out", folder / "out", *LONG])
+    assert status == 0, err
+    return data, folder / "out"
+
+
+def stop_in_training(argv, out, sig, *files):
+    """Start the command as a process of its own, send sig once these files of its state are there: (status,
+    stderr)."""
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "solve.py", *map(str, argv)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        limit = time.monotonic() + 60
+        while not all((out / "state" / file).exists() for file in ("stage1_fold0.pt", *files)):
+            assert child.poll() is None, child.stderr.read()
+            assert time.monotonic() < limit
+            time.sleep(0.002)
+        child.send_signal(sig)
+        err = child.communicate(timeout=60)[1]
+    finally:
+        child.kill()
+        child.wait()
+    assert not (out / "submission.csv").exists()  # it was in the middle
+    return child.returncode, err
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, uninterrupted):
+    """What kill -9 leaves of that run in the middle of training, after its second checkpoint: folder of
+    --out."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    code, _ = stop_in_training(
+        ["--data", uninterrupted[0], "--out", out, *LONG], out, signal.SIGKILL, "stage1_fold0.pt.prev"
+    )
+    assert code == -signal.SIGKILL
+    return out
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+def test_no_flags_are_the_defaults(monkeypatch):
+    """parse([]) is Config(): what the class says is what runs."""
+    assert solve.parse([]) == solve.Config()
+
+
+def test_every_flag_is_read():
+    """--flag value, --flag=value and switches end in their fields with their types."""
+    cfg = solve.parse(
+        [
+            "--data",
+            "a b.npz",
+            "--out=x",
+            "--max-hours",
+            "1.5",
+            "--folds=3",
+            "--no-clean",
+            "--fresh",
+            "--lr",
+            "1e-3",
+        ]
+    )
+    assert (cfg.data, cfg.out, cfg.max_hours, cfg.folds, cfg.clean, cfg.fresh, cfg.lr) == (
+        "a b.npz",
+        "x",
+        1.5,
+        3,
+        False,
+        True,
+        1e-3,
+    )
+
+
+@pytest.mark.parametrize(
+    "given,nearest",
+    [
+        ("--epoch", "--epochs"),
+        ("--maxhours", "--max-hours"),
+        ("--fold", "--folds"),
+        ("--no-cleaning", "--no-clean"),
+        ("--learning-rate", "--lr"),
+        ("--batchsize=4", "--batch-size"),
+        ("--ema-deca", "--ema-decay"),
+    ],
+)
+def test_unknown_flag_names_the_nearest(given, nearest):
+    """Fault 52: a mistyped or abbreviated flag is an error that names the right one."""
+    if given == "--learning-rate":
+        nearest = "--"  # nothing is near enough to promise which
+    refused([given, "3"], given.split("=")[0], nearest, "--help")
+
+
+@pytest.mark.parametrize(
+    "argv,expected",
+    [
+        (["--folds", "-1"], "--folds"),
+        (["--folds", "two"], "--folds"),
+        (["--folds", "2.5"], "--folds"),
+        (["--width", "-4"], "--width"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--stages", "3"], "--stages"),
+        (["--stages", "0"], "--stages"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--lr", "0"], "--lr"),
+        (["--lr", "1"], "--lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--gamma", "-1"], "--gamma"),
+        (["--gamma", "inf"], "--gamma"),
+        (["--alpha", "0"], "--alpha"),
+        (["--alpha", "inf"], "--alpha"),
+        (["--rare-weight", "0"], "--rare-weight"),
+        (["--rare-weight", "inf"], "--rare-weight"),
+        (["--rare-repeat", "0"], "--rare-repeat"),
+        (["--paste", "1.1"], "--paste"),
+        (["--patience", "0"], "--patience"),
+        (["--ema-decay", "1"], "--ema-decay"),
+        (["--max-hours", "-1"], "--max-hours"),
+        (["--max-hours", "nan"], "--max-hours"),
+        (["--max-hours", "inf"], "--max-hours"),
+        (["--seed", "-1"], "--seed"),
+        (["--device", "tpu"], "--device"),
+        (["--device", "cpux"], "--device"),
+        (["--device", "cuda:x"], "--device"),
+        (["--precision", "half"], "--precision"),
+        (["--recipe", "papers"], "--recipe"),
+        (["--witnesses", "masks,me"], "--witnesses"),
+        (["--witnesses", ""], "--witnesses"),
+        (["--lr"], "--lr"),
+        (["--fresh=1"], "--fresh"),
+        (["mars.npz"], "mars.npz"),
+        (["-x"], "-x"),
+    ],
+)
+def test_bad_value_is_one_sentence(argv, expected):
+    """Values out of range or of the wrong type, and words that are no flag: status 2, one line that names
+    it."""
+    refused(argv, expected)
+
+
+def test_paper_recipe_is_the_published_one():
+    """--recipe paper is section 5 of the facts, value by value; the rest of the program is the same."""
+    cfg = solve.parse(["--recipe", "paper"])
+    want = dict(
+        folds=1,
+        lr=5e-4,
+        batch_size=32,
+        most_epochs=300,
+        patience=25,
+        gamma=3.0,
+        alpha=0.25,
+        level_weights=(0.2, 0.3, 0.5),
+        geometric=(0.2, 0.2, 60.0),
+        flip_vertical=True,
+        background=True,
+        refine="background",
+        select="loss",
+        ema_decay=0.0,
+        tta=False,
+        weight_decay=0.0,
+        cooldown=0.0,
+        rare_weight=1.0,
+        rare_repeat=1,
+        stages=2,
+    )
+    assert {k: getattr(cfg, k) for k in want} == want and cfg.light > 0
+
+
+def test_flags_beat_the_recipe():
+    """A flag given beside --recipe paper counts, wherever it stands."""
+    for argv in (["--folds", "5", "--recipe", "paper"], ["--recipe", "paper", "--folds", "5"]):
+        cfg = solve.parse(argv)
+        assert cfg.folds == 5 and cfg.gamma == 3.0
+
+
+def test_config_is_frozen():
+    """Nothing can change a choice in the middle of a run."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        solve.parse([]).folds = 3
+
+
+def test_help_lists_every_flag_with_its_meaning(capsys):
+    """--help ends with status 0 and shows at most 25 flags, each with a text."""
+    assert solve.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    flags = [f for f in dataclasses.fields(solve.Config) if f.metadata]
+    assert 10 < len(flags) <= 25
+    for f in flags:
+        assert f.name.replace("_", "-") in shown and f.metadata["help"]
+
+
+# ------------------------------------------------------------------------------ a whole run
+
+
+def test_outputs_exist(run):
+    """submission.csv, its zip, the report and the metrics are there, and no temporary file is left."""
+    out, _ = run
+    names = {p.name for p in out.iterdir()}
+    assert {"submission.csv", "submission.zip", "report.html", "metrics.json"} <= names
+    assert not [p for p in out.rglob("*.tmp")]
+
+
+def test_submission_is_valid_for_any_reader(run):
+    """Pandas reads 6 rows, id 0 to 5, columns 0 to 2047, all labels 1 to 4: never a 0. The zip holds the same
+    bytes."""
+    out, _ = run
+    frame = pd.read_csv(out / "submission.csv")
+    assert list(frame.columns) == ["id", *map(str, range(32 * 64))] and frame["id"].tolist() == list(range(6))
+    labels = frame.drop(columns="id").to_numpy()
+    assert labels.min() >= 1 and labels.max() <= 4
+    np.testing.assert_array_equal(lib.check_submission(out / "submission.csv", 6, 32 * 64), labels)
+    with zipfile.ZipFile(out / "submission.zip") as archive:
+        assert archive.read("submission.csv") == (out / "submission.csv").read_bytes()
+
+
+def test_last_lines_are_metrics_json(run):
+    """The run ends in a block of `key: value` that holds what metrics.json holds (confusion matrices
+    apart)."""
+    out, printed = run
+    metrics = strict_json(out / "metrics.json")
+    lines = [line for line in printed.splitlines() if not line.startswith("written: ")]
+    keys = [key for key in metrics if "confusion" not in key]
+    block = dict(line.split(": ", 1) for line in lines[-len(keys) :])
+    assert list(block) == keys
+    for key in keys:
+        value = metrics[key]
+        if isinstance(value, float):
+            assert float(block[key]) == pytest.approx(value, abs=6e-5)
+        elif isinstance(value, list):
+            shown = json.loads(block[key].replace("nan", "null").replace("None", "null"))
+            np.testing.assert_allclose(np.array(shown, float), np.array(value, float), atol=6e-5)
+        else:
+            assert block[key] == str(value)
+
+
+def test_written_files_are_listed(run):
+    """After the block every file in --out has its line `written: path`, and only what exists has one."""
+    out, printed = run
+    listed = re.findall(r"^written: (.*)$", printed, re.M)
+    assert sorted(listed) == sorted(str(p) for p in out.iterdir() if p.is_file())
+
+
+def test_confusion_covers_every_training_pixel_once(run):
+    """The pooled out-of-fold matrices' rows are the training masks' class counts, for both stages."""
+    metrics = strict_json(run[0] / "metrics.json")
+    counts = np.bincount(tiny_arrays()["training_set"][:, 1].ravel(), minlength=5)
+    for stage in (1, 2):
+        np.testing.assert_array_equal(np.sum(metrics[f"stage{stage}_confusion"], 1), counts)
+
+
+def probabilities(out, stage, fold, images):
+    """Return a saved stage-1 network's probabilities in 1/255, mean with the mirrored copy's, written
+    plainly."""
+    model = lib.UNet(1, 4, 4)
+    model.load_state_dict(lib.load_checkpoint(out / "state" / f"stage{stage}_fold{fold}.pt")["best"])
+    model.eval()
+    train = tiny_arrays()["training_set"][:, 0]
+    x = ((torch.from_numpy(images).float() - float(train.mean())) / float(train.std()))[:, None]
+    with torch.inference_mode():
+        probs = (model(x)[0].softmax(1) + model(x.flip(-1))[0].softmax(1).flip(-1)) / 2
+    return (probs * 255).round().numpy()
+
+
+def test_scores_are_out_of_fold(run):
+    """Stage 1's scores come again from its saved networks, each asked about the images that it never saw, and
+    no others."""
+    out, _ = run
+    images, masks = tiny_arrays()["training_set"].swapaxes(0, 1)
+    fold_of = lib.make_folds(images, masks, 2, 0)
+    pred = np.zeros_like(masks)
+    for fold in (0, 1):
+        mine = fold_of == fold
+        pred[mine] = lib.clean_masks(
+            (probabilities(out, 1, fold, images[mine]).argmax(1) + 1).astype(np.uint8)
+        )
+    metrics = strict_json(out / "metrics.json")
+    assert metrics["stage1_miou"] == pytest.approx(keras_mean_iou(masks, pred, 5, 0), abs=2e-3)
+    assert metrics["stage1_paper_miou"] == pytest.approx(keras_mean_iou(masks, pred, 5, None), abs=2e-3)
+    for fold in (0, 1):
+        mine = fold_of == fold
+        want = keras_mean_iou(masks[mine], pred[mine], 5, 0)
+        assert metrics["stage1_fold_miou"][fold] == pytest.approx(want, abs=2e-3)
+
+
+def test_test_labels_are_scored(run):
+    """With test_labels in the file the submission's score is printed: the metric of submission.csv,
+    recomputed."""
+    out, _ = run
+    pred = lib.check_submission(out / "submission.csv", 6, 32 * 64)
+    want = keras_mean_iou(tiny_arrays()["test_labels"], pred, 5, 0)
+    assert strict_json(out / "metrics.json")["test_miou"] == pytest.approx(want, abs=1e-9)
+
+
+def test_one_stage_is_the_mean_over_folds(tmp_path):
+    """--stages 1: the submission is the cleaned argmax of both networks' probabilities, recomputed from their
+    files."""
+    status, _, err = start(["--data", write(tmp_path), "--out", tmp_path / "out", "--stages", "1", *FAST])
+    assert status == 0, err
+    assert not list((tmp_path / "out" / "state").glob("stage2*"))
+    images = tiny_arrays()["test_set"]
+    total = sum(probabilities(tmp_path / "out", 1, fold, images) for fold in (0, 1))
+    want = lib.clean_masks((total.argmax(1) + 1).astype(np.uint8)).reshape(6, -1)
+    got = lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64)
+    assert (got == want).mean() > 0.998  # rounding of 1/255 may tip a pixel
+
+
+def test_it_learns(uninterrupted):
+    """Five epochs on tiles that a threshold could tell apart: far above the 0.1 of one class everywhere."""
+    metrics = strict_json(uninterrupted[1] / "metrics.json")
+    assert metrics["stage1_miou"] > 0.4 and metrics["test_miou"] > 0.4
+
+
+def test_report_needs_no_network(run):
+    """report.html holds both stages and its pictures, and refers to nothing outside itself."""
+    page = (run[0] / "report.html").read_text()
+    assert "stage1" in page and "stage2" in page and "data:image/png;base64," in page
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", page)
+
+
+def test_paper_recipe_runs(tmp_path):
+    """--recipe paper: one split, background learnt and predicted, both metrics for both stages."""
+    argv = ["--data", write(tmp_path), "--out", tmp_path / "out", "--recipe", "paper", *FAST[2:6], *FAST[10:]]
+    status, _, err = start(argv)
+    assert status == 0, err
+    metrics = strict_json(tmp_path / "out" / "metrics.json")
+    assert metrics["recipe"] == "paper" and metrics["folds"] == 1
+    assert {f"stage{s}_{k}" for s in (1, 2) for k in ("miou", "paper_miou")} <= set(metrics)
+    lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64, 0)
+
+
+def test_file_without_test_set(tmp_path):
+    """Fault 10: it trains and is scored; no submission is written, and a line says so."""
+    argv = ["--data", write(tmp_path, test_set=None, test_labels=None), "--out", tmp_path / "out", *FAST]
+    status, out, err = start(argv)
+    assert status == 0, err
+    assert "no submission" in out
+    assert not (tmp_path / "out" / "submission.csv").exists()
+    assert strict_json(tmp_path / "out" / "metrics.json")["stage1_miou"] > 0
+
+
+def test_odd_size_runs(tmp_path):
+    """Fault 19: tiles of 33×65 go through both stages into a submission of 2,145 columns."""
+    data = tmp_path / "odd.npz"
+    np.savez(data, **tiny_arrays(8, 3, 33, 65))
+    status, _, err = start(["--data", data, "--out", tmp_path / "out", *FAST])
+    assert status == 0, err
+    lib.check_submission(tmp_path / "out" / "submission.csv", 3, 33 * 65)
+
+
+def test_absent_and_lonely_classes(tmp_path):
+    """Fault 17: no sand at all, rock on one image only: every mean is a number, and metrics.json is JSON."""
+    train = tiny_arrays()["training_set"].copy()
+    train[:, 1][train[:, 1] >= 3] = 1
+    train[3, 1, 20:26, 20:26] = 4
+    status, out, err = start(
+        ["--data", write(tmp_path, training_set=train), "--out", tmp_path / "out", *FAST]
+    )
+    assert status == 0, err
+    assert "class 3 (Sand)" in out
+    metrics = strict_json(tmp_path / "out" / "metrics.json")
+    for stage in (1, 2):
+        for key in ("miou", "paper_miou", "fold_std"):
+            assert 0 <= metrics[f"stage{stage}_{key}"] <= 1
+        assert all(0 <= v <= 1 for v in metrics[f"stage{stage}_fold_miou"])
+
+
+def test_two_images_are_enough(tmp_path):
+    """Fault 12: the smallest data set, below the batch and the default folds, gets its submission."""
+    data = tmp_path / "two.npz"
+    np.savez(data, **tiny_arrays(2, 1))
+    status, _, err = start(["--data", data, "--out", tmp_path / "out", *FAST])
+    assert status == 0, err
+    lib.check_submission(tmp_path / "out" / "submission.csv", 1, 32 * 64)
+
+
+def test_more_folds_than_images_is_refused(tmp_path):
+    """Fault 12: --folds 99 on 24 images is a sentence that names both numbers."""
+    refused(["--data", write(tmp_path), "--out", tmp_path / "out", "--folds", "99", *FAST[2:]], "99", "24")
+
+
+def test_copies_that_leave_a_fold_empty_are_refused(tmp_path):
+    """Fault 12: 24 copies of one image can't be split in two; the sentence says so instead of blaming the
+    rate."""
+    train = np.repeat(tiny_arrays()["training_set"][:1], 24, 0)
+    status, _, err = start(["--data", write(tmp_path, training_set=train), "--out", tmp_path / "out", *FAST])
+    assert status == 2 and err.count("\n") == 1 and "--lr" not in err
+
+
+# ------------------------------------------------------------------------------ time
+
+
+def test_no_time_still_gives_a_submission(tmp_path):
+    """Fault 47: --max-hours 0 trains a moment and writes a checked submission without a 0 all the same."""
+    argv = [
+        "--data",
+        write(tmp_path),
+        "--out",
+        tmp_path / "out",
+        "--max-hours",
+        "0",
+        "--no-clean",
+        "--width",
+        "4",
+    ]
+    status, _, err = start(argv)
+    assert status == 0, err
+    lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64)
+
+
+def test_budget_over_at_resume(tmp_path, uninterrupted, killed):
+    """Fault 47: a killed run that goes on with no time left ends at once with a submission of what it has."""
+    shutil.copytree(killed, tmp_path / "out")
+    status, _, err = start(["--data", uninterrupted[0], "--out", tmp_path / "out", *LONG, "--max-hours", "0"])
+    assert status == 0, err
+    lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64)
+
+
+# ------------------------------------------------------------------------------ going on, and refusing to
+
+
+def same_as(whole, out):
+    """Assert that two runs' submissions are the same bytes, and their metrics the same but for the
+    minutes."""
+    assert (out / "submission.csv").read_bytes() == (whole / "submission.csv").read_bytes()
+    one, two = (strict_json(folder / "metrics.json") for folder in (out, whole))
+    assert {k: v for k, v in one.items() if k != "minutes"} == {
+        k: v for k, v in two.items() if k != "minutes"
+    }
+
+
+def test_killed_run_ends_in_the_same_bytes(tmp_path, uninterrupted, killed):
+    """kill -9 in the middle of training, then the same command: everything is as in the run that nobody
+    disturbed."""
+    data, whole = uninterrupted
+    shutil.copytree(killed, tmp_path / "out")
+    status, out, err = start(["--data", data, "--out", tmp_path / "out", *LONG])
+    assert status == 0, err
+    assert "going on" in out and "damaged" not in out
+    assert int(re.search(r"stage 1 +fold 0 +epoch (\d+)/5", out)[1]) >= 3  # two epochs were not lost
+    same_as(whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sig,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(tmp_path, uninterrupted, sig, status):
+    """Fault 36: SIGTERM ends with 143 and Ctrl-C with 130, one sentence each, and the checkpoint can be
+    loaded."""
+    argv = ["--data", uninterrupted[0], "--out", tmp_path / "out", *LONG]
+    code, err = stop_in_training(argv, tmp_path / "out", sig)
+    assert code == status
+    assert err.count("\n") == 1 and "the same command goes on" in err
+    assert lib.load_checkpoint(tmp_path / "out" / "state" / "stage1_fold0.pt")["history"]
+
+
+def test_finished_run_goes_straight_to_the_prediction(run):
+    """Fault 46: the same command once more trains nothing and leaves the same bytes."""
+    out, _ = run
+    before = (out / "submission.csv").read_bytes()
+    status, printed, err = start(["--data", out.parent / "mars.npz", "--out", out, *FAST])
+    assert status == 0, err
+    assert not re.search(r"stage \d +fold \d+ +epoch", printed)
+    assert (out / "submission.csv").read_bytes() == before
+
+
+def test_flipped_bit_in_a_checkpoint_is_survived(tmp_path, uninterrupted, killed):
+    """Fault 41: the newest checkpoint is damaged too; the run says so, goes on from the one before, and ends
+    the same."""
+    data, whole = uninterrupted
+    shutil.copytree(killed, tmp_path / "out")
+    file = tmp_path / "out" / "state" / "stage1_fold0.pt"
+    if not file.exists():  # the kill came between the two renames
+        os.replace(file.with_name(file.name + ".prev"), file)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    file.write_bytes(raw)
+    status, out, err = start(["--data", data, "--out", tmp_path / "out", *LONG])
+    assert status == 0, err
+    assert "damaged" in out and "stage1_fold0.pt" in out
+    same_as(whole, tmp_path / "out")
+
+
+def test_other_data_in_the_same_folder(tmp_path):
+    """Fault 42: a run on other data in the same --out is refused, the field named; --fresh goes on; --out
+    DIR2 too."""
+    first, second = write(tmp_path), tmp_path / "other.npz"
+    np.savez(second, **tiny_arrays(seed=5))
+    fast = [*FAST, "--stages", "1", "--out", tmp_path / "out"]
+    assert start(["--data", first, *fast])[0] == 0
+    before = (tmp_path / "out" / "submission.csv").read_bytes()
+    refused(["--data", second, *fast], "data_sha256", "--fresh", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "submission.csv").read_bytes() == before
+    status, printed, err = start(["--data", second, *fast, "--fresh"])
+    assert status == 0, err
+    assert re.search(r"epoch 1/2", printed) and (tmp_path / "out" / "submission.csv").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--width", "5"],
+        ["--folds", "3"],
+        ["--seed", "1"],
+        ["--lr", "0.01"],
+        ["--recipe", "paper"],
+        ["--epochs", "3"],
+    ],
+)
+def test_other_configuration_in_the_same_folder(run, change):
+    """Fault 42: every flag that changes the answer is refused by name when --out holds another run."""
+    out, _ = run
+    expected = "" if change[0] == "--recipe" else change[0].strip("-")
+    refused(
+        ["--data", out.parent / "mars.npz", "--out", out, *FAST, *change], expected, "holds a run", "--fresh"
+    )
+
+
+def test_out_that_cannot_be_written(tmp_path):
+    """Fault 39: --out below a file is one sentence."""
+    (tmp_path / "file").write_text("mine")
+    refused(
+        ["--data", write(tmp_path), "--out", tmp_path / "file" / "out", *FAST], "--out", "cannot be written"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_fresh_leaves_other_files_alone(tmp_path):
+    """--fresh throws away the run's own state, not a folder or file of the user's in --out."""
+    (tmp_path / "out" / "mine").mkdir(parents=True)
+    (tmp_path / "out" / "mine" / "notes.txt").write_text("keep")
+    status, _, err = start(
+        ["--data", write(tmp_path), "--out", tmp_path / "out", "--fresh", "--stages", "1", *FAST]
+    )
+    assert status == 0, err
+    assert (tmp_path / "out" / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_signals_are_given_back():
+    """After main the process has its own SIGTERM handler again: a notebook lives on."""
+    before = signal.getsignal(signal.SIGTERM)
+    refused(["--nonsense"])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+WATCH = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+out = os.path.realpath(sys.argv[2])
+seen = []
+def hook(event, args):
+    if event == "open" and isinstance(args[0], (str, bytes)):
+        mode, flags = args[1] or "", args[2] or 0
+        if set(mode) & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            seen.append(os.path.realpath(os.fsdecode(args[0])))
+    elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate"):
+        seen.append(os.path.realpath(os.fsdecode(args[0])))
+    elif event == "os.rename":
+        seen.extend(os.path.realpath(os.fsdecode(a)) for a in args[:2])
+    elif event in ("socket.connect", "socket.getaddrinfo", "socket.bind", "subprocess.Popen", "os.system"):
+        seen.append(event + " " + repr(args)[:200])
+sys.addaudithook(hook)
+import solve
+status = solve.main(sys.argv[3:])
+bad = [s for s in seen if not (s == out or s.startswith((out + os.sep, "/dev/")) or "torchinductor_" in s)]
+print("AUDIT", status, len(seen), bad)
+"""
+
+
+def test_nothing_is_written_outside_out(tmp_path):
+    """Python's own audit of a whole run: no file outside --out is opened for writing, no network, no other
+    process.
+
+    (PyTorch itself makes one empty folder, torchinductor_USER, among the temporary files.)
+    """
+    data = write(tmp_path)
+    (tmp_path / "cwd").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in [*tmp_path.rglob("*"), *ROOT.glob("*"), *ROOT.glob("data/*")]}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-B",
+            "-c",
+            WATCH,
+            ROOT,
+            tmp_path / "out",
+            "--data",
+            data,
+            "--out",
+            tmp_path / "out",
+            *FAST,
+        ],
+        cwd=tmp_path / "cwd",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "TMPDIR": str(tmp_path / "cwd")},
+    )
+    status, count, bad = re.search(r"AUDIT (\d+) (\d+) (.*)", done.stdout).groups()
+    assert status == "0", done.stderr
+    assert int(count) > 10 and bad == "[]"
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items() if p.is_file())
+    assert list((tmp_path / "cwd").iterdir()) == []
