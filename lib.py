@@ -1056,7 +1056,7 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     class of the model's first output (1: background is never predicted); tta, mean with the mirrored copy.
     """
     model.eval()
-    out = None
+    out = np.zeros((0, first_class + model.heads[0].out_channels, 1, 1), np.uint8)
     for i in range(0, num_images, batch_size):
         x = make_input(slice(i, min(i + batch_size, num_images)))
         x = x.contiguous(memory_format=torch.channels_last)
@@ -1064,7 +1064,7 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
             logits = [model(x)[0]] + ([model(x.flip(-1))[0].flip(-1)] if tta else [])
         probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
         probs = (probs * 255).round().to(torch.uint8).cpu().numpy()
-        if out is None:
+        if i == 0:
             out = np.zeros((num_images, first_class + probs.shape[1], *probs.shape[2:]), np.uint8)
         out[i:i + len(probs), first_class:] = probs
     return out

@@ -5,7 +5,7 @@
     python solve.py --recipe paper                    the published system, measured with both metrics
     python solve.py --width 32 --folds 5 --epochs 40  exactly this much work, whatever the clock says
 
-load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ predict ─ submission ─ report
+load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ predict ─ write
 
 This file is what we decided; what is true of the task is in lib.py.
 """
@@ -71,7 +71,7 @@ class Config:
     patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
-    second_lr: float = 0.25       # stage 2's rate, as a share of lr: it corrects a prior, and must not shake it
+    second_lr: float = 0.25       # stage 2's rate, as a share of lr: it must not shake its prior
     background: bool = False      # is label 0 learnt and predicted, or ignored and never predicted
     refine: str = "correct"       # stage 2 corrects stage 1's log-probabilities, or fills in its "background"
     select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
@@ -85,8 +85,8 @@ class Config:
     level_weights: tuple = (0.1, 0.1, 0.1)  # of the outputs at 1/2, 1/4 and 1/8 of the size
 
 
-PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_weight=1.0, rare_repeat=1,
-             patience=25, ema_decay=0.0, background=True, refine="background", select="loss",
+PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_weight=1.0,
+             rare_repeat=1, patience=25, ema_decay=0.0, background=True, refine="background", select="loss",
              geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False,
              most_epochs=300, weight_decay=0.0, cooldown=0.0, level_weights=(0.2, 0.3, 0.5))
 
@@ -412,48 +412,45 @@ def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarr
 
 
 def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple[list, list]:
-    """Return, for each fold, what the frame says of each tile's classes: log-ratios to the classes' overall shares,
-    (N, NUM_CLASSES) of the training and (M, NUM_CLASSES) of the test tiles; zeros where there are no frames.
+    """Return, for each fold, what frames say of their tiles: log-ratios of classes to their overall shares, of
+    the training (N, NUM_CLASSES) and the test tiles (M, NUM_CLASSES); zeros where there are no frames.
 
-    The other tiles of a frame speak with their known labels, near ones louder; a test tile, and for fold k every
-    tile of fold k, with the prediction of network k, which never saw fold k: so the labels that fold k is scored
-    on appear nowhere. For the test tiles all training labels are known. Strength and reach are those with the
-    best out-of-fold score; rare classes are left alone, as a rock says nothing of the next tile.
+    The other tiles of a frame speak with their known labels, near ones louder; a test tile, and for fold k
+    every tile of fold k, with the prediction of network k, which never saw fold k: so the labels that fold k
+    is scored on appear nowhere. For the test tiles all training labels are known. Strength and reach are those of
+    the best out-of-fold score. Rare classes are left alone: a rock says nothing of the next tile.
     """
-    n, none = len(run.images), np.zeros((len(run.place[0]), NUM_CLASSES), np.float32)
-    if not run.cfg.frames or len(models) < run.folds:
-        return [none[:n]] * run.folds, [none[n:]] * run.folds
+    n, folds = len(run.images), range(run.folds)
+    if not run.cfg.frames or len(models) < run.folds or np.bincount(run.place[0]).max() == 1:
+        return tuple([np.zeros((size, NUM_CLASSES))] * run.folds for size in (n, len(run.test_images)))
     labels = np.stack([(run.data.masks == c).mean((1, 2)) for c in range(NUM_CLASSES)], 1)
     labels[:, :run.first_class] = 0
     base = labels.sum(0) / labels.sum()
-    said = [np.concatenate([probs.mean((2, 3)) / 255, predict(run, model, View(run.test_images), tta=False).mean(
-        (2, 3)) / 255]) for model in models]
+    test = [predict(run, model, View(run.test_images), tta=False).mean((2, 3)) for model in models]
 
     def evidence(weights, fold: int, hidden: np.ndarray) -> np.ndarray:
-        shares, known = 0.3 * said[fold], np.flatnonzero(~hidden)  # 0.3: a prediction is a weaker witness
-        shares[known] = labels[known]
+        shares = 0.3 / 255 * np.concatenate([probs.mean((2, 3)), test[fold]])  # 0.3: a weaker witness
+        shares[np.flatnonzero(~hidden)] = labels[~hidden]
         ratio = lib.pooled_log_ratio(weights, shares, base)
         ratio[:, run.is_rare.cpu().numpy()] = 0
         return ratio
-    small, truth = probs[..., ::4, ::4], run.data.masks[:, ::4, ::4]
-    best = (-1.0, None)
+    small, truth, scored = probs[..., ::4, ::4], run.data.masks[:, ::4, ::4], run.fold_of >= 0
+    best = {"miou": -1.0}
     for reach in (1.0, 2.0, 4.0):
         weights = lib.frame_weights(run.place, reach)
-        hidden = [evidence(weights, k, run.fold_of == k) for k in range(run.folds)]
-        own = hidden[0][:n].copy()
-        for k in range(run.folds):
-            own[run.fold_of == k] = hidden[k][:n][run.fold_of == k]
-        for strength in (0.0, 0.5, 1.0, 1.5, 2.0):
+        hidden = [evidence(weights, k, run.fold_of == k)[:n] for k in folds]
+        own = np.stack(hidden)[run.fold_of.clip(0), np.arange(n)]  # the labels of a tile's own fold hidden
+        for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5):
             pred = final_labels(run, informed(run, small, strength * own))
-            scored = run.fold_of >= 0
             miou = lib.iou_scores(lib.confusion_matrix(truth[scored], pred[scored]))[0]
-            if miou > best[0]:
-                best = miou, (reach, strength, weights, hidden)
-    miou, (reach, strength, weights, hidden) = best
-    print(f"frames: reach {reach:g} tiles, strength {strength:g}: out of fold {miou:.4f} before stage 2", flush=True)
-    nothing = np.zeros(n, bool)
-    test = [strength * evidence(weights, k, nothing)[n:] for k in range(run.folds)]
-    return [strength * h[:n] for h in hidden], test
+            if miou > best["miou"]:
+                best = {"miou": miou, "reach": reach, "strength": strength, "weights": weights,
+                        "hidden": hidden}
+    strength, weights = best["strength"], best["weights"]
+    print(f"frames: pooled evidence, reach {best['reach']:g} tiles, strength {strength:g}: out of fold "
+          f"{best['miou']:.4f} before stage 2", flush=True)
+    return ([strength * ratio for ratio in best["hidden"]],
+            [strength * evidence(weights, k, np.zeros(n, bool))[n:] for k in folds])
 
 
 def informed(run: Run, probs: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
@@ -461,9 +458,10 @@ def informed(run: Run, probs: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
     out = np.zeros_like(probs)
     for i in range(0, len(probs), 256):
         part = torch.from_numpy(probs[i:i + 256, run.first_class:]).to(run.device).float().clamp_min(0.5)
-        ratio = torch.from_numpy(log_ratio[i:i + 256, run.first_class:]).to(run.device, torch.float32)
-        part = part * ratio.exp()[:, :, None, None]
-        out[i:i + 256, run.first_class:] = (part * (255 / part.sum(1, keepdim=True))).round().byte().cpu().numpy()
+        ratio = torch.from_numpy(log_ratio[i:i + 256, run.first_class:, None, None]).to(run.device).float()
+        part = part * ratio.exp()
+        part = (part * (255 / part.sum(1, keepdim=True))).round()
+        out[i:i + 256, run.first_class:] = part.byte().cpu().numpy()
     return out
 
 
@@ -606,7 +604,7 @@ def clean(cfg: Config, state: Path, data: lib.Data) -> np.ndarray:
 
 
 def find_frames(cfg: Config, state: Path, data: lib.Data) -> np.ndarray:
-    """Return frame, row and column (3, N + M) of the training and test tiles, a frame each where none was found."""
+    """Return frame, row, column (3, N + M) of the training and test tiles; those alone are frames of one."""
     tiles = data.images if data.test_images is None else np.concatenate([data.images, data.test_images])
     if not cfg.frames:
         return np.stack([np.arange(len(tiles)), *np.zeros((2, len(tiles)), np.int64)])

@@ -77,9 +77,12 @@ def test_one_fold_of_few_images_has_both_sides(n):
     assert (fold_of == 0).sum() == 1 and (fold_of == -1).sum() == n - 1
 
 
-def test_fewer_images_than_folds():
-    """3 images and 5 folds: each image alone in its fold, three folds in use."""
-    assert sorted(lib.make_folds(*tiles(3), 5, 0)) == [0, 1, 2]
+def test_fewer_images_than_folds_is_refused():
+    """Fault 12: 3 images, or 3 different ones among 9, can't make 5 folds; the sentence names both numbers."""
+    images, masks = tiles(3)
+    for copies in (1, 3):
+        with pytest.raises(lib.UserError, match="5.*3"):
+            lib.make_folds(np.concatenate([images] * copies), np.concatenate([masks] * copies), 5, 0)
 
 
 def test_same_seed_same_folds_other_seed_others():
