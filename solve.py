@@ -353,8 +353,8 @@ def make_plan(run: Run) -> dict:
     def cost(folds: int, speed: float) -> tuple[float, float, int]:
         """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
         part = 1 / folds if folds > 1 else 1 / 7
-        epoch = n * (1.1 * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 to 0.4 of a training step
-        predict = 0.4 * cfg.stages * (1 + cfg.tta) * (n + m * folds) / speed + 1e-3 * m
+        epoch = n * (1.1 * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
+        predict = 0.35 * cfg.stages * (1 + cfg.tta) * (n + m * folds) / speed + 1e-3 * m
         return epoch, predict, int(0.8 * (run.clock.left() - predict) / (folds * epoch))
     measured = cfg.width or 16
     speed = measure_speed(run, measured)

@@ -124,9 +124,11 @@ def test_pasted_pixels_and_labels_move_together():
     assert new.flatten(1).any(1).float().mean() > 0.5 and py.dtype == torch.int8
     grown = torch.nn.functional.max_pool2d(new, 3, 1, 1)
     torch.testing.assert_close(px[grown == 0], x[grown == 0], atol=0, rtol=0)
-    core = 1 - torch.nn.functional.max_pool2d(1 - new, 5, 1, 2)  # two pixels from the rock's edge
+    core = 1 - torch.nn.functional.max_pool2d(1 - new, 5, 1, 2) > 0  # two pixels from what was not pasted
     assert core.sum() > 100
-    torch.testing.assert_close(px[core > 0], torch.full_like(px[core > 0], 50.0), atol=1e-3, rtol=0)
+    assert px[core].min() >= 40  # where the tile cuts the rock its own soft edge may show, the ground's 1 not
+    core[..., [0, -1], :] = core[..., [0, -1]] = False
+    torch.testing.assert_close(px[core], torch.full_like(px[core], 50.0), atol=1e-3, rtol=0)
 
 
 def test_pasted_labels_are_the_donors():
