@@ -330,7 +330,8 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
 def measure_speed(run: Run, width: int) -> float:
     """Return the training speed, images/s, of a network of this width, from real steps after a first one."""
     run.plan["width"] = width
-    parts, index = new_training(run, 1, 0), torch.arange(min(len(run.images), 5 * run.cfg.batch_size))
+    # 16 steps, as few images would mean smaller ones
+    parts, index = new_training(run, 1, 0), torch.arange(min(len(run.images), 16 * run.cfg.batch_size))
     for part in (index[:run.cfg.batch_size], index):
         start = time.perf_counter()
         train_one_epoch(run, parts, View(run.images), run.masks, part.to(run.device), (0, 0, 0))
