@@ -27,13 +27,13 @@ import difflib
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import time
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ import torch.nn.functional as F
 CLASSES = ("Background", "Soil", "Bedrock", "Sand", "Big Rock")
 NUM_CLASSES = len(CLASSES)
 PALETTE = np.array([(32, 32, 36), (166, 97, 26), (90, 140, 190), (240, 200, 110), (210, 30, 70)], np.uint8)
+KEYS = ("training_set", "test_set", "test_labels")  # of the competition's file
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
 
 
@@ -58,7 +59,6 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------------------------------- 1. data
 
-
 @dataclass
 class Data:
     """The competition's file, checked: images and masks uint8 (N, H, W), test images (M, H, W) or None."""
@@ -67,7 +67,8 @@ class Data:
     sha256: str
     images: np.ndarray
     masks: np.ndarray
-    test_images: np.ndarray | None = None
+    test_images: np.ndarray     # M may be 0
+    outlier_images: np.ndarray  # those that the cleaning took out of images
     test_labels: np.ndarray | None = None
     dtype: str = "uint8"  # of the training set in the file
     mean: float = 0.0     # of the training images' grey values, and their standard deviation
@@ -75,36 +76,36 @@ class Data:
     notes: list[str] = field(default_factory=list)  # sentences to print: conversions and warnings
 
 
-def find_data_file(path: str | Path) -> Path:
-    """Return the .npz that `path`, a file or a folder, stands for.
+def _refuse(where: str, *faults: tuple[bool, str]) -> None:
+    """Raise UserError for the first of the faults, pairs of a condition and a sentence, that holds."""
+    for holds, sentence in faults:
+        if holds:
+            raise UserError(f"{where} {sentence}")
 
-    In a folder mars_for_students.npz comes first, then the single other .npz with the right keys, then
-    sample.npz. Raises UserError that says what is there when nothing fits.
+
+def find_data_file(path: str | Path) -> Path:
+    """Return the .npz that `path`, a file or a folder, stands for; UserError says what is there if none.
+
+    In a folder mars_for_students.npz comes first, then the single other .npz with the right keys.
     """
     path = Path(path).expanduser()
     if path.is_file():
         return path
-    if not path.is_dir():
-        parent = next(p for p in path.absolute().parents if p.is_dir())
-        there = ", ".join(sorted(p.name for p in parent.iterdir())[:12]) or "nothing"
-        kaggle = ", ".join(map(str, sorted(Path("/kaggle/input").rglob("*.npz"))[:6]))
-        raise UserError(f"--data {path}: no such file or folder; {parent} holds {there}"
-                        + (f"; under /kaggle/input: {kaggle}" if kaggle else ""))
     files = sorted(path.glob("*.npz")) or sorted(path.rglob("*.npz"))
-    named = [f for f in files if f.name == "mars_for_students.npz"]
-    if named:
-        return named[0]
-    if len(files) > 1:
-        files = [f for f in files if f.name != "sample.npz" and _has_training_set(f)] or \
-                [f for f in files if f.name == "sample.npz"] or files
-    if not files:
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:12]) or "nothing"
-        raise UserError(f"--data {path}: no .npz in this folder (it holds {there}); "
-                        "put the competition's mars_for_students.npz there")
-    if len(files) > 1:
-        raise UserError(f"--data {path}: {len(files)} .npz files ({', '.join(f.name for f in files[:6])}); "
-                        "name one of them")
-    return files[0]
+    for best in ([f for f in files if f.name == "mars_for_students.npz"][:1],
+                 [f for f in files if f.name != "sample.npz" and _has_training_set(f)],
+                 [f for f in files if f.name == "sample.npz"],
+                 files):
+        names = ", ".join(f.name for f in best[:6])
+        _refuse(f"--data {path}:", (len(best) > 1, f"{len(best)} .npz files ({names}); name one of them"))
+        if best:
+            return best[0]
+    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+    kaggle = ", ".join(map(str, sorted(Path("/kaggle/input").rglob("*.npz"))[:6])) or "no .npz"
+    fault = "no .npz in this folder" if folder == path else "no such file or folder"
+    raise UserError(f"--data {path}: {fault}; {folder} holds {there}, /kaggle/input {kaggle}; "
+                    "wanted is the competition's mars_for_students.npz")
 
 
 def _has_training_set(path: Path) -> bool:
@@ -117,58 +118,47 @@ def _has_training_set(path: Path) -> bool:
 def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Return name → (shape, dtype) of an .npz without reading its arrays; UserError if it can't be trusted.
 
-    The headers come first because a few bytes of zip can claim terabytes: what they claim is held against a
-    cap, against the archive's own sizes and against its compression before anything is allocated.
+    A few bytes of zip can claim terabytes: what the headers claim is held against a cap, against the
+    archive's own sizes and against its compression before anything is allocated.
     """
     with _explained(path), open(path, "rb") as f:
         start = f.read(512)
-    if not start:
-        raise UserError(f"{path}: the file is empty; fetch it again")
-    if start.startswith(b"\x93NUMPY"):
-        raise UserError(f"{path}: a single .npy array; expected an .npz with training_set and test_set")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{path}: a web page saved under this name, not data; log in and download it again")
-    if not start.startswith(b"PK"):
-        raise UserError(f"{path}: not an .npz archive (it starts with {start[:4]!r})")
-    headers, claimed = {}, 0
+    page = start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+    _refuse(f"{path}:",
+            (not start, "the file is empty; fetch it again"),
+            (start[:6] == b"\x93NUMPY", "a single .npy array; expected an .npz with training_set, test_set"),
+            (page, "a web page saved under this name, not data; log in and download it again"),
+            (start[:2] != b"PK", f"not an .npz archive (it starts with {start[:4]!r})"))
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    headers, claimed, packed = {}, 0, path.stat().st_size
     with _explained(path), zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             with archive.open(info) as member:
-                version = np.lib.format.read_magic(member)
-                read = {(1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-                if read is None:
-                    raise UserError(f"{path}: array {info.filename} has the unknown format version {version}")
-                shape, _, dtype = read(member)
+                shape, _, dtype = readers[np.lib.format.read_magic(member)](member)
                 body = info.file_size - member.tell()
-            name = info.filename.removesuffix(".npy")
-            if dtype.hasobject:
-                raise UserError(f"{path}: {name} holds pickled objects, which can run code and are never "
-                                "loaded; save it as a numeric array")
-            size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+            name, size = info.filename.removesuffix(".npy"), math.prod(shape) * dtype.itemsize
             claimed += max(size, info.file_size)
-            if claimed > MAX_BYTES:
-                raise UserError(f"{path}: {name} claims {size / 2**30:.0f} GiB; more than "
-                                f"{MAX_BYTES >> 30} GiB in all is refused")
-            if size != body:
-                raise UserError(f"{path}: {name} claims {size} bytes and has {body}; the file is damaged, "
-                                "fetch it again")
+            _refuse(f"{path}: {name}",
+                    (dtype.hasobject, "holds pickled objects, which can run code and are never loaded; "
+                                      "save it as a numeric array"),
+                    (claimed > MAX_BYTES, f"claims {size / 2**30:.0f} GiB; more than {MAX_BYTES >> 30} GiB "
+                                          "in all is refused"),
+                    (size != body, f"claims {size} bytes and has {body}: it is damaged, fetch it again"))
             headers[name] = (shape, dtype)
-    if claimed > (64 << 20) and claimed > 250 * path.stat().st_size:  # real tiles pack 2 to 20 times
-        raise UserError(f"{path}: {path.stat().st_size} bytes would unpack to {claimed}; no images do")
+    _refuse(f"{path}:", (claimed > max(64 << 20, 250 * packed),  # real tiles pack 2 to 20 times
+                         f"{packed} bytes would unpack to {claimed}; no images do"))
     return headers
 
 
 @contextlib.contextmanager
 def _explained(path: Path):
-    """Turn what the zip, zlib and NumPy readers raise on damaged files into one sentence."""
+    """Turn what the zip, zlib and NumPy readers raise on damaged files, nearly anything, into a sentence."""
     try:
         yield
-    except (zipfile.BadZipFile, EOFError, zlib.error) as e:
-        raise UserError(f"{path}: cut short or damaged ({e}); fetch it again") from None
-    except (ValueError, SyntaxError, RuntimeError, NotImplementedError, KeyError, OverflowError, TypeError,
-            OSError, MemoryError) as e:
-        raise UserError(f"{path}: cannot be read as .npz ({type(e).__name__}: {str(e)[:120]}); "
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path}: cut short, damaged or no .npz ({type(e).__name__}: {str(e)[:120]}); "
                         "fetch it again") from None
 
 
@@ -180,26 +170,22 @@ def load_data(path: str | Path) -> Data:
     """
     path = find_data_file(path)
     headers = read_headers(path)
-    if "training_set" not in headers:
-        raise UserError(f"{path}: key training_set is missing (found {', '.join(headers) or 'none'}; "
-                        "expected training_set and test_set)")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     _check_shapes(path, headers)
     with _explained(path), np.load(path, allow_pickle=False) as npz:
-        arrays = {key: npz[key] for key in ("training_set", "test_set", "test_labels") if key in headers}
-    train = arrays.pop("training_set")
-    if train[:, 0].max() < NUM_CLASSES and (train[:, 1] >= NUM_CLASSES).mean() > 0.5:
-        raise UserError(f"{path}: training_set[:, 0] looks like the labels and [:, 1] like the images; "
-                        "swap them: training_set[:, ::-1]")
-    notes: list[str] = []
-    pictures = {f"{path}: training_set[:, 0]": train[:, 0]}
+        arrays = {key: npz[key] for key in KEYS if key in headers}
+    train = arrays["training_set"]
+    _refuse(f"{path}:", (train[:, 0].max() < NUM_CLASSES and (train[:, 1] >= NUM_CLASSES).mean() > 0.5,
+                         "training_set[:, 0] looks like the labels and [:, 1] like the images; "
+                         "swap them: training_set[:, ::-1]"))
+    pictures, notes = {f"{path}: training_set[:, 0]": train[:, 0]}, []
     if "test_set" in arrays:
-        pictures[f"{path}: test_set"] = arrays.pop("test_set")
+        pictures[f"{path}: test_set"] = arrays["test_set"]
     else:
         notes.append("no test_set in the file: the kit trains and scores, and writes no submission")
     masks = _to_labels(train[:, 1], f"{path}: training_set[:, 1]")
     images, *test = _to_uint8(pictures, notes)
-    data = Data(path, digest, images, masks, test[0] if test else None, dtype=str(train.dtype), notes=notes,
+    data = Data(path, hashlib.sha256(path.read_bytes()).hexdigest(), images, masks,
+                test[0] if test else images[:0], images[:0], notes=notes, dtype=str(train.dtype),
                 mean=float(images.mean()), std=max(1.0, float(images.std())))
     if test and "test_labels" in arrays:
         data.test_labels = _to_labels(arrays["test_labels"], f"{path}: test_labels")
@@ -208,164 +194,132 @@ def load_data(path: str | Path) -> Data:
 
 
 def _check_shapes(path: Path, headers: dict) -> None:
-    """Raise UserError for wrong axes, sizes or kinds, from the headers alone."""
-    for key in ("training_set", "test_set", "test_labels"):
-        if key in headers and headers[key][1].kind not in "biuf":
-            raise UserError(f"{path}: {key} has dtype {headers[key][1]}; expected numbers")
+    """Raise UserError for missing keys, wrong axes, sizes or kinds, from the headers alone."""
+    _refuse(f"{path}:", ("training_set" not in headers, "key training_set is missing (found "
+                         f"{', '.join(headers) or 'none'}; expected training_set and test_set)"))
+    for key, (_, dtype) in headers.items():
+        numbers = key not in KEYS or dtype.kind in "biuf"
+        _refuse(f"{path}:", (not numbers, f"{key} has dtype {dtype}; expected numbers"))
     shape = headers["training_set"][0]
-    if len(shape) != 4 or shape[1] != 2:
-        hint = ""
-        if len(shape) == 4 and shape[-1] == 2:
-            hint = "; the two channels come last here: np.moveaxis(training_set, -1, 1)"
-        elif len(shape) == 4 and shape[0] == 2:
-            hint = "; the two channels come first here: training_set.swapaxes(0, 1)"
-        raise UserError(f"{path}: training_set has shape {shape}; expected (N, 2, H, W), image and labels"
-                        + hint)
-    if shape[0] < 2 or 0 in shape:
-        raise UserError(f"{path}: training_set has shape {shape}; at least 2 images are needed")
-    if "test_set" not in headers:
-        return
-    test = headers["test_set"][0]
-    if len(test) != 3 or test[1:] != shape[2:] or test[0] == 0:
-        swapped = "; height and width are swapped" if test[-2:] == shape[:1:-1] and len(test) == 3 else ""
-        raise UserError(f"{path}: test_set has shape {test}; expected (M, {shape[2]}, {shape[3]}), M ≥ 1, "
-                        f"as training_set has {shape}{swapped}")
-    if "test_labels" in headers and headers["test_labels"][0] != test:
-        raise UserError(f"{path}: test_labels has shape {headers['test_labels'][0]}; expected {test}, "
-                        "the shape of test_set")
-
-
-def _grey_range(images: np.ndarray, name: str) -> tuple[float, float]:
-    """Return the least and greatest value, in chunks; UserError on NaN or inf."""
-    lo, hi = np.inf, -np.inf
-    for i in range(0, len(images), 256):
-        chunk = images[i:i + 256]
-        bad = ~np.isfinite(chunk)
-        if bad.any():
-            raise UserError(f"{name}: NaN or infinite pixels, first in image {i + np.nonzero(bad)[0][0]}; "
-                            "replace them or drop the image")
-        lo, hi = min(lo, float(chunk.min())), max(hi, float(chunk.max()))
-    return lo, hi
+    bad, wanted = len(shape) != 4 or shape[1] != 2, "expected (N, 2, H, W), image and labels"
+    _refuse(f"{path}: training_set has shape {shape};",
+            (bad and shape[3:] == (2,),
+             wanted + "; the two channels come last here: np.moveaxis(training_set, -1, 1)"),
+            (bad and len(shape) == 4 and shape[0] == 2,
+             wanted + "; the two channels come first here: training_set.swapaxes(0, 1)"),
+            (bad, wanted),
+            (shape[:1] == (1,) or 0 in shape, "at least 2 images are needed"))
+    if "test_set" in headers:
+        test = headers["test_set"][0]
+        labels = headers.get("test_labels", [test])[0]
+        hint = "; height and width are swapped" if test[1:] == (shape[3], shape[2]) else ""
+        _refuse(f"{path}:",
+                (test[1:] != shape[2:] or test[0] == 0,
+                 f"test_set has shape {test}; expected (M, {shape[2]}, {shape[3]}), M ≥ 1{hint}"),
+                (labels != test, f"test_labels has shape {labels}; expected {test}, the shape of test_set"))
 
 
 def _to_uint8(arrays: dict[str, np.ndarray], notes: list[str]) -> list[np.ndarray]:
-    """Return images, name → array of any numeric dtype, as contiguous uint8 0..255.
+    """Return images, name → array of any numeric dtype, as contiguous uint8 0..255; UserError on NaN, inf.
 
     Fractions 0..1 are multiplied by 255; values outside 0..255 (uint16, standardised floats) are mapped with
     one line for all arrays, so that training and test images stay comparable.
     """
-    ranges = {name: _grey_range(images, name) for name, images in arrays.items()}
-    unit = {name for name, (lo, hi) in ranges.items()
-            if arrays[name].dtype.kind in "bf" and lo >= 0 and hi <= 1}
-    others = [ends for name, ends in ranges.items() if name not in unit] or [(0.0, 255.0)]
-    low, high = min(0.0, min(lo for lo, _ in others)), max(hi for _, hi in others)
-    shared = (low, 255 / (high - low)) if low < 0 or high > 255 else (0.0, 1.0)
+    ends = {}
+    for name, images in arrays.items():
+        good = np.isfinite(images).all((1, 2))
+        _refuse(f"{name}:", (not good.all(), f"NaN or infinite pixels, first in image {good.argmin()}; "
+                                             "replace them or drop the image"))
+        ends[name] = float(images.min()), float(images.max())
+    unit = [name for name, (low, high) in ends.items()
+            if arrays[name].dtype.kind in "bf" and low >= 0 and high <= 1]
+    seen = [value for name in ends if name not in unit for value in ends[name]] or [0.0]
+    low, high = min(0.0, *seen), max(seen)
+    line = (low, 255 / (high - low or 1)) if low < 0 or high > 255 else (0.0, 1.0)
     out = []
     for name, images in arrays.items():
-        zero, scale = (0.0, 255.0) if name in unit else shared
+        zero, scale = (0.0, 255.0) if name in unit else line
         if (zero, scale) != (0.0, 1.0):
-            notes.append(f"{name}: values {ranges[name][0]:g} to {ranges[name][1]:g} mapped to 0..255")
+            notes.append(f"{name}: values {ends[name][0]:g} to {ends[name][1]:g} mapped to 0..255")
         out.append(np.empty(images.shape, np.uint8))
-        for i in range(0, len(images), 256):
-            chunk = images[i:i + 256].astype(np.float64)
-            out[-1][i:i + 256] = np.rint((chunk - zero) * scale).clip(0, 255)
+        for i, image in enumerate(images):  # one at a time: float64 is eight times as large
+            out[-1][i] = np.rint((image.astype(np.float64) - zero) * scale).clip(0, 255)
     return out
 
 
 def _to_labels(labels: np.ndarray, name: str) -> np.ndarray:
     """Return labels as contiguous uint8; UserError that names images, values and count of those outside."""
-    out = np.empty(labels.shape, np.uint8)
-    bad_images, bad_values, count = [], set(), 0
-    for i in range(0, len(labels), 256):
-        chunk = labels[i:i + 256]
-        good = np.isin(chunk, np.arange(NUM_CLASSES))
-        if not good.all():
-            bad_images += (np.unique(np.nonzero(~good)[0]) + i).tolist()
-            bad_values.update(np.unique(chunk[~good]).tolist()[:8])
-            count += int((~good).sum())
-        else:
-            out[i:i + 256] = chunk
-    if count:
-        raise UserError(f"{name}: labels must be the integers 0 to {NUM_CLASSES - 1}; {count} pixels in "
-                        f"{len(bad_images)} images (first {', '.join(map(str, bad_images[:5]))}) hold "
-                        f"{', '.join(f'{v:g}' for v in sorted(bad_values)[:6])}")
-    return out
+    bad = ~np.isin(labels, np.arange(NUM_CLASSES))
+    if bad.any():
+        images = np.flatnonzero(bad.any((1, 2)))
+        raise UserError(f"{name}: labels must be the integers 0 to {NUM_CLASSES - 1}; {bad.sum()} pixels in "
+                        f"{len(images)} images (first {', '.join(map(str, images[:5]))}) hold "
+                        f"{', '.join(f'{v:g}' for v in np.unique(labels[bad])[:6].tolist())}")
+    return labels.astype(np.uint8, order="C")
 
 
 def _check_content(data: Data) -> None:
     """Raise UserError if there is nothing to learn; add to data.notes what only deserves a sentence."""
-    flat = data.images.reshape(len(data.images), -1)
-    constant = np.flatnonzero(flat.min(1) == flat.max(1))
-    if len(constant) == len(flat):
-        raise UserError(f"{data.path}: every training image is one constant grey; there is nothing to learn")
+    constant = np.flatnonzero(data.images.min((1, 2)) == data.images.max((1, 2)))
+    counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
+    _refuse(f"{data.path}: there is nothing to learn:",
+            (len(constant) == len(data.images), "every training image is one constant grey"),
+            (counts[1:].sum() == 0, "every training pixel is labelled 0 (background)"))
     if len(constant):
         data.notes.append(f"{len(constant)} training images are one constant grey (first {constant[0]})")
-    counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
-    if counts[1:].sum() == 0:
-        raise UserError(f"{data.path}: every training pixel is labelled 0 (background); nothing to learn")
-    for c in np.flatnonzero(counts[1:] == 0) + 1:
-        data.notes.append(f"class {c} ({CLASSES[c]}) is on no training pixel: it can't be learnt")
-    if data.test_images is not None:
-        train = {hashlib.sha256(i).digest() for i in data.images}
-        copies = sum(hashlib.sha256(i).digest() in train for i in data.test_images)
+    data.notes += [f"class {c} ({CLASSES[c]}) is on no training pixel: it can't be learnt"
+                   for c in range(1, NUM_CLASSES) if not counts[c]]
+    if len(data.test_images):
+        train = {image.tobytes() for image in data.images}
+        copies = sum(image.tobytes() in train for image in data.test_images)
         if copies:
             data.notes.append(f"{copies} test images are copies of training images")
 
 
 def fingerprint(data: Data) -> dict:
-    """Return what identifies and describes the data: counts, range, each class's pixels and images."""
-    counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
-    holding = [int((data.masks == c).any((1, 2)).sum()) for c in range(NUM_CLASSES)]
+    """Return what identifies and describes the data; pixel_share and images_holding have a value a class."""
     return {"file": data.path.name, "sha256": data.sha256, "train_images": len(data.images),
-            "test_images": 0 if data.test_images is None else len(data.test_images),
+            "test_images": len(data.test_images),
             "height": data.images.shape[1], "width": data.images.shape[2],
             "range": [int(data.images.min()), int(data.images.max())],
-            "pixel_share": (counts / counts.sum()).round(5).tolist(), "images_holding": holding}
+            "pixel_share": [round(float((data.masks == c).mean()), 5) for c in range(NUM_CLASSES)],
+            "images_holding": [int((data.masks == c).any((1, 2)).sum()) for c in range(NUM_CLASSES)]}
 
 
 def describe(data: Data) -> list[str]:
     """Return the fingerprint and the notes in lines for people."""
     facts = fingerprint(data)
-    lines = [f"data: {data.path}, sha256 {data.sha256[:16]}…, {data.dtype}",
-             f"      {facts['train_images']} training and {facts['test_images']} test images of "
-             f"{facts['height']}×{facts['width']}, grey {facts['range'][0]} to {facts['range'][1]}"]
-    for c, name in enumerate(CLASSES):
-        lines.append(f"      {c} {name:<10} {100 * facts['pixel_share'][c]:6.2f} % of the pixels, "
-                     f"in {facts['images_holding'][c]} images")
-    return lines + [f"note: {note}" for note in data.notes]
+    return [f"data: {data.path}, sha256 {data.sha256[:16]}…, {data.dtype}",
+            f"      {facts['train_images']} training and {facts['test_images']} test images of "
+            f"{facts['height']}×{facts['width']}, grey {facts['range'][0]} to {facts['range'][1]}",
+            *(f"      {c} {name:<10} {100 * share:6.2f} % of the pixels, in {images} images"
+              for c, (name, share, images) in enumerate(
+                  zip(CLASSES, facts["pixel_share"], facts["images_holding"], strict=True))),
+            *(f"note: {note}" for note in data.notes)]
 
 
 # ---------------------------------------------------------------------------------------- 2. outliers
-
-
-def read_picture(path: str | Path) -> np.ndarray:
-    """Return a picture file as grey uint8 (H, W); UserError if it is none."""
-    picture = cv2.imread(str(Path(path).expanduser()), cv2.IMREAD_GRAYSCALE)
-    if picture is None:
-        raise UserError(f"{path}: not a picture that OpenCV can read")
-    return picture
-
 
 WITNESSES = ("masks", "template", "autoencoder")
 SHORT_SIDE, WINDOW = 32, 14  # images are shrunk to this shorter side; side of a discovered template there
 MAX_SHARE = 0.15             # a cut that takes out more of the images is likelier wrong than the images are
 MIN_VERTICES = 16            # outlines of masks that repeat among good images: at most 9; the saucers': 80
 COLUMNS = {"masks": "mask_copies", "autoencoder": "autoencoder_score", "template": "template_score"}
-CUTS = {"masks": 2, "autoencoder": 3.7, "template": 4.5}  # each enough alone
-BOTH = {"autoencoder": 2.0, "template": 3.0}              # enough together
+CUTS = {"masks": 2, "autoencoder": 3.7, "template": 4.5}  # of 2,505 clean images they take 0, 3 and 0
 
 
-def robust_z(scores):
-    """Distance from the median in sigmas of a normal distribution with the same MAD; 0 where the MAD is 0."""
-    sigma = 1.4826 * np.median(np.abs(scores - np.median(scores)))
-    return (scores - np.median(scores)) / sigma if sigma > 1e-6 else np.zeros_like(scores)
+def robust_z(scores, plain=None):
+    """Distance from the median of plain (or all) in sigmas of a normal distribution with its MAD."""
+    plain = scores if plain is None else plain
+    sigma = 1.4826 * np.median(np.abs(plain - np.median(plain)))
+    return (scores - np.median(plain)) / sigma if sigma > 1e-6 else np.zeros_like(scores)
 
 
 def shrink(images):
     """Images as float32 (N,h,w), the shorter side SHORT_SIDE, both multiples of 4; NaN becomes 0."""
-    size = [4 * max(1, round(SHORT_SIDE * n / min(images.shape[1:]) / 4)) for n in images.shape[:0:-1]]
-    images = np.nan_to_num(images.astype(np.float32))
-    return np.stack([cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in images])
+    size = [4 * round(SHORT_SIDE * n / min(images.shape[1:]) / 4) for n in images.shape[:0:-1]]
+    small = [cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA) for image in images]
+    return np.nan_to_num(np.stack(small))
 
 
 def mask_copies(images, masks):
@@ -375,31 +329,26 @@ def mask_copies(images, masks):
         mirrored = (mask, mask[::-1], mask[:, ::-1], mask[::-1, ::-1])
         groups.setdefault(min(m.tobytes() for m in mirrored), []).append(i)
     for group in groups.values():
-        count, vertices = len({images[i].tobytes() for i in group}), 0  # an image given twice counts once
-        for label in np.unique(masks[group[0]]) if count > 1 else ():
-            part = np.uint8(masks[group[0]] == label)
-            outlines = cv2.findContours(part, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
+        mask, vertices = masks[group[0]], 0
+        count = len({images[i].tobytes() for i in group})  # one image given twice is no intruder
+        for label in np.unique(mask) if count > 1 else ():
+            outlines = cv2.findContours(np.uint8(mask == label), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
             vertices += sum(len(cv2.approxPolyDP(outline, 1.5, True)) for outline in outlines)
         copies[group] = count if vertices >= MIN_VERTICES else 0
     return copies
 
 
-def template_views(template, tilts):
-    """A template as it is, upside down, left-right and both, in every tilt (degrees) and three scales."""
-    height, width = template.shape
-    for mirrored in (template, template[::-1], template[:, ::-1], template[::-1, ::-1]):
-        for scale in (0.7, 1, 1.4):
-            h, w = max(2, round(height * scale)), max(2, round(width * scale))
-            for tilt in tilts:
-                warp = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), tilt, scale)
-                warp[:, 2] += (w - width) / 2, (h - height) / 2
-                yield cv2.warpAffine(mirrored, warp, (w, h), borderMode=cv2.BORDER_REPLICATE)
-
-
 def match(images, template, tilts):
-    """Best correlation, (N,), of each image with any view of a template: Fisher's atanh of TM_CCOEFF_NORMED,
-    which has no upper bound, so that a robust z tells a copy (.99) from a likeness (.8)."""
-    views = [view for view in template_views(template, tilts) if np.all(np.array(view.shape) <= images[0].shape)]
+    """Best correlation, (N,), of each image with a template mirrored both ways, in three scales and the tilts
+    (degrees): Fisher's atanh of TM_CCOEFF_NORMED, unbounded, so that z tells a copy (.99) from a likeness."""
+    (height, width), views = template.shape, []
+    for scale in (0.7, 1, 1.4):
+        h, w = max(2, round(height * scale)), max(2, round(width * scale))
+        for tilt in tilts if h <= images.shape[1] and w <= images.shape[2] else ():
+            warp = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), tilt, scale)
+            warp[:, 2] += (w - width) / 2, (h - height) / 2
+            for mirrored in (template, template[::-1], template[:, ::-1], template[::-1, ::-1]):
+                views.append(cv2.warpAffine(mirrored, warp, (w, h), borderMode=cv2.BORDER_REPLICATE))
 
     def best(image):
         return max((cv2.matchTemplate(image, view, cv2.TM_CCOEFF_NORMED).max() for view in views), default=0)
@@ -411,13 +360,12 @@ def match(images, template, tilts):
 def discover_templates(images, labelled, suspects, seed=0):
     """Windows common to several suspects: at most 4 arrays (WINDOW, WINDOW); none if nothing is common.
 
-    Args: images, labelled (0 to 1): shrunk, (N,h,w); suspects: bool (N,), named by other witnesses. The images
-    with the strongest corners on labelled ground join them: 5 % held 53 to 100 % of ten sets' intruders.
+    Args: images, labelled (0 to 1): shrunk, (N,h,w); suspects: bool (N,), named by others, count double among
+    the strongest corners on labelled ground: the first 5 % held 53 to 100 % of the intruders of ten sets.
     Source: corner = smaller eigenvalue over a window, Shi and Tomasi 1994; an edge would match everywhere."""
     h, w = images.shape[1] - WINDOW + 1, images.shape[2] - WINDOW + 1
-    side = (WINDOW, WINDOW)
-    corner = [np.sqrt(np.maximum(cv2.cornerMinEigenVal(image, WINDOW, 3), 0)) for image in images]
-    corner = np.stack(corner) * np.stack([cv2.blur(share, side) for share in labelled])
+    corner = np.stack([np.sqrt(np.maximum(cv2.cornerMinEigenVal(image, WINDOW, 3), 0)) for image in images])
+    corner *= np.stack([cv2.blur(share, (WINDOW, WINDOW)) for share in labelled])
     corner = corner[:, WINDOW // 2 :, WINDOW // 2 :][:, :h, :w].reshape(len(images), -1)
     order = np.argsort(-corner.max(1) * (1 + suspects), kind="stable")
     count, rng = max(16, suspects.sum(), len(images) // 20), np.random.default_rng(seed)
@@ -430,12 +378,12 @@ def discover_templates(images, labelled, suspects, seed=0):
         y, x = divmod(corner[i].argmax(), w)
         windows.append(images[i, y : y + WINDOW, x : x + WINDOW])
         scores = match(images[np.append(others, tested)], windows[-1], (-45, -15, 15, 45))
-        sigma = 1.4826 * np.median(np.abs(scores[: len(others)] - np.median(scores[: len(others)])))
-        hits.append((scores[len(others) :] > np.median(scores[: len(others)]) + 6 * sigma) & (tested != i))
+        hits.append((robust_z(scores, scores[: len(others)])[len(others) :] > 6) & (tested != i))
     hits = np.array(hits)
     while len(found) < 4 and hits.sum(1).max() >= 3:
-        found.append(windows[hits.sum(1).argmax()])
-        hits &= ~hits[hits.sum(1).argmax()]
+        best = hits.sum(1).argmax()
+        found.append(windows[best])
+        hits &= ~hits[best]
     return found
 
 
@@ -443,38 +391,36 @@ def template_scores(images, masks, suspects, template=None, seed=0):
     """Robust z, (N,), of each image's best correlation with a template; None where none was found.
 
     Args: images: uint8 (N,H,W); suspects: bool (N,); template: (h,w) in their pixels, or None: discovered.
-    Raises: ValueError for a flat template, which OpenCV finds everywhere, and for one larger than the images,
-    with which OpenCV swaps the two."""
+    Raises: UserError if it is flat (OpenCV finds it everywhere) or larger than an image (it swaps both)."""
     small = shrink(images)
     # half a grey level of noise: on a flat window the correlation is 0/0, and OpenCV may answer 1
     small += np.random.default_rng(seed).uniform(-0.5, 0.5, small[0].shape).astype(np.float32)
     # less the local mean, shadows go and drawing stays: recall at precision .9 from .59 to .84
     small = np.stack([image - cv2.blur(image, (11, 11)) for image in small])
-    if template is not None:
+    if template is None:
+        templates = discover_templates(small, shrink(masks > 0), suspects, seed)
+    else:
         template = np.nan_to_num(np.float32(template))
-        if np.any(template.shape > np.array(images.shape[1:])):
+        if template.shape[0] > images.shape[1] or template.shape[1] > images.shape[2]:
             raise UserError(f"the template {template.shape} is larger than the images {images.shape[1:]}")
         if template.std() < 1:
-            raise UserError(f"the template is flat, grey level {template.mean():.0f}: it would match all images")
-        size = [max(4, round(template.shape[k] * small.shape[k + 1] / images.shape[k + 1])) for k in (1, 0)]
+            raise UserError(f"the template is flat, grey level {template.mean():.0f}: all would match it")
+        size = [max(4, round(n * SHORT_SIDE / min(images.shape[1:]))) for n in template.shape[::-1]]
         template = cv2.resize(template, size, interpolation=cv2.INTER_AREA)
         templates = [template - cv2.blur(template, (11, 11))]
-    else:
-        templates = discover_templates(small, shrink(masks > 0), suspects, seed)
     scores = [robust_z(match(small, t, range(-45, 46, 15))) for t in templates]
     return np.max(scores, axis=0) if scores else None
 
 
 def train_autoencoder(images, seed=0, width=16, latent=16):
-    """Convolutional encoder and decoder fitted to images (N,1,h,w); None if the loss stops being a number.
-    A latent sees 13x13 pixels of the shrunk image: it learns parts, not scenes."""
+    """Autoencoder fitted to images (N,1,h,w), its first three layers the encoder, that sees 13x13 pixels: it
+    learns parts, not scenes. None if the loss stops being a number."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = nn.Sequential(nn.Conv2d(1, width, 5, 2, 2), nn.ReLU(), nn.Conv2d(width, latent, 5, 2, 2))
-        decoder = nn.Sequential(nn.ConvTranspose2d(latent, width, 4, 2, 1), nn.ReLU(),
-                                nn.ConvTranspose2d(width, 1, 4, 2, 1))
-    model = nn.Sequential(encoder, decoder).to(images.device)
-    steps, rng = min(300, 4 * len(images)), np.random.default_rng(seed)
+        model = nn.Sequential(nn.Conv2d(1, width, 5, 2, 2), nn.ReLU(), nn.Conv2d(width, latent, 5, 2, 2),
+                              nn.ConvTranspose2d(latent, width, 4, 2, 1), nn.ReLU(),
+                              nn.ConvTranspose2d(width, 1, 4, 2, 1)).to(images.device)
+    steps, rng = min(300, 2 * len(images)), np.random.default_rng(seed)
     optimizer = torch.optim.Adam(model.parameters())
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for _ in range(steps):
@@ -489,32 +435,27 @@ def train_autoencoder(images, seed=0, width=16, latent=16):
     return model.requires_grad_(False)
 
 
-def neighbour_distance(latents, seed=0, kept=12, bank_size=2048, k=3):
-    """Distance, (M,), of each latent (M,C), reduced and whitened by PCA, to its k-th neighbour in a random
-    sample: among all of them an object pasted into 4 % of the images would find itself."""
-    latents = latents - latents.mean(0)
-    values, vectors = torch.linalg.eigh(latents.T @ latents / len(latents))
-    latents = latents @ (vectors[:, -kept:] / values[-kept:].clamp(min=1e-6).sqrt())
-    sample = np.random.default_rng(seed).choice(len(latents), min(bank_size, len(latents)), replace=False)
-    bank = latents[torch.from_numpy(sample).to(latents.device)]
-    return torch.cat([torch.cdist(z, bank).topk(k, largest=False).values[:, -1] for z in latents.split(4096)])
-
-
 def autoencoder_scores(images, masks, device="cpu", seed=0):
-    """Sum, (N,), of robust z's: of log reconstruction error and of log neighbour distance of the latents, each
-    at its highest place, weighted by the share of labelled pixels there; None if training diverged.
-
-    The rover is as strange as any intruder, but not labelled: the weight lifts average precision .81 to 1."""
-    small = shrink(images)
+    """Sum, (N,), of robust z's: of log reconstruction error and of the log distance of latents, whitened by
+    PCA, to their third neighbour, each at its highest place; None if training diverged."""
+    small, rng = shrink(images), np.random.default_rng(seed)
     x = torch.from_numpy((small - small.mean()) / (small.std() + 1))[:, None].to(device)
+    # weigh by the labels: the rover is as strange as an intruder, but nobody labels it; precision .81 to 1.00
     share = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None].to(device), 4)
     model = train_autoencoder(x, seed)
     if model is None:
         return None
-    latents = torch.cat([model[0](part) for part in x.split(256)])
     error = torch.cat([F.avg_pool2d((model(part) - part) ** 2, 4) for part in x.split(256)])
-    distance = neighbour_distance(latents.permute(0, 2, 3, 1).flatten(0, 2), seed).view(error.shape)
-    peaks = [F.avg_pool2d(part * share, 3, 1, 1).flatten(1).amax(1) for part in (error, distance)]
+    latents = torch.cat([model[:3](part) for part in x.split(256)]).permute(0, 2, 3, 1).flatten(0, 2)
+    latents = latents - latents.mean(0)
+    values, vectors = torch.linalg.eigh(latents.T @ latents / len(latents))
+    latents = latents @ (vectors[:, -12:] / values[-12:].clamp(min=1e-6).sqrt())
+    # a sample: among all latents an object pasted into 4 % of the images would find itself
+    bank = latents[torch.from_numpy(rng.permutation(len(latents))[:2048]).to(device)]
+    k = min(3, len(bank))
+    near = torch.cat([torch.cdist(z, bank).topk(k, largest=False)[0][:, -1] for z in latents.split(4096)])
+    parts = (error * share, near.view(share.shape) * share)
+    peaks = [F.avg_pool2d(part, 3, 1, 1).flatten(1).amax(1) for part in parts]
     return sum(robust_z(np.log(peak.double().cpu().numpy() + 1e-6)) for peak in peaks)
 
 
@@ -525,7 +466,7 @@ def find_outliers(images, masks, witnesses=("masks", "template", "autoencoder"),
     Args: images, masks: uint8 (N,H,W); template: uint8 (h,w), an object to look for, or None: discovered.
     Returns: mask_copies counts the images of one intricate mask, the other scores are robust z's; NaN where a
     witness did not run or had nothing to go by. log() gets a sentence for that and for each cut refused.
-    Raises: ValueError for a flat or too large template."""
+    Raises: UserError for a flat or too large template."""
     def sane(what, cut):
         lost = [c for c in range(num_classes) if (masks == c).any() and not (masks[~cut] == c).any()]
         if cut.mean() <= MAX_SHARE and not lost:
@@ -534,293 +475,249 @@ def find_outliers(images, masks, witnesses=("masks", "template", "autoencoder"),
         log(f"cleaning: {what} would take out {cut.sum()} of {len(cut)} images{whole}: refused, all are kept")
         return np.zeros_like(cut)
 
-    scores, taken, suspects = {}, {}, np.zeros(len(images), bool)
-    witness = {"masks": lambda: mask_copies(images, masks),
-               "autoencoder": lambda: autoencoder_scores(images, masks, device, seed),
-               "template": lambda: template_scores(images, masks, suspects, template, seed)}
-    for name in (name for name in witness if name in witnesses):
-        found = witness[name]()
-        if found is None:
+    taken, columns, suspects = {}, {}, np.zeros(len(images), bool)
+    score = {"masks": lambda: mask_copies(images, masks),
+             "autoencoder": lambda: autoencoder_scores(images, masks, device, seed),
+             "template": lambda: template_scores(images, masks, suspects, template, seed)}
+    for name, cut in CUTS.items():
+        scores = score[name]() if name in witnesses else np.full(len(images), np.nan)
+        if scores is None:
             log(f"cleaning: going on without the {name} witness: it diverged or found no template")
-            continue
-        scores[name], taken[name] = found, sane(name, found >= CUTS[name])
+            scores = np.full(len(images), np.nan)
+        columns[COLUMNS[name]], taken[name] = scores, sane(name, scores >= cut)
         suspects = suspects | taken[name]
-    if BOTH.keys() <= scores.keys():
-        both = sane("autoencoder and template", np.all([scores[n] >= cut for n, cut in BOTH.items()], axis=0))
-        taken |= {name: taken[name] | both for name in BOTH}
-    index = np.flatnonzero(sane("all witnesses", np.any([suspects, *taken.values()], axis=0)))
+    index = np.flatnonzero(sane("all witnesses", suspects))
     reasons = ["+".join(name for name in taken if taken[name][i]) for i in index]
-    columns = {COLUMNS[n]: scores[n][index] if n in scores else np.full(len(index), np.nan) for n in COLUMNS}
-    return pd.DataFrame({"index": index, "reasons": reasons, **columns})
+    return pd.DataFrame({"index": index, "reasons": reasons} | {n: columns[n][index] for n in columns})
+
+
+def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: str,
+               seed: int) -> None:
+    """Move the intruders from data.images to data.outlier_images; outliers.csv beside state says why.
+
+    Decided once: a run that goes on must train on the same images.
+    """
+    file, start = state.parent / "outliers.csv", time.monotonic()
+    if not (state / "cleaned").exists():
+        picture = cv2.imread(template, cv2.IMREAD_GRAYSCALE) if template else None
+        if template and picture is None:
+            raise UserError(f"--template {template}: not a picture that OpenCV can read")
+        found = find_outliers(data.images, data.masks, witnesses, picture, seed=seed)
+        with atomic_write(file) as f:
+            f.write(found.to_csv(index=False).encode())
+        (state / "cleaned").touch()
+    index = pd.read_csv(file)["index"].to_numpy(np.int64)
+    print(f"cleaning: {len(index)} of {len(data.images)} training images are intruders ({file}), "
+          f"{time.monotonic() - start:.0f} s", flush=True)
+    data.outlier_images = data.images[index]
+    data.images, data.masks = np.delete(data.images, index, 0), np.delete(data.masks, index, 0)
 
 
 # ---------------------------------------------------------------------------------------- 3. frames
 
-
-_STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile at the right, left, below, above
-_LISTED = 10  # candidates a border keeps; the next six add 0.1 % of the true ones
+_STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile to the right, left, below, above
 
 
-def _strips(tiles, vertical, cut=None):
-    """The four lines on either side of a border, outermost first: two (N, L, 4); of a cut through each tile if given."""
+def _borders(tiles, vertical, cut=None):
+    """Log brightness of the 4 lines on either side of a border (of a cut), outermost first: two (N, L, 4)."""
     x = tiles.transpose(1, 2) if vertical else tiles
     end, start = (x.shape[2], 0) if cut is None else (cut, cut)
-    return x[:, :, end - 4:end].flip(2), x[:, :, start:start + 4]
+    # the log gives dark and sunlit frames one weight; 8 grey levels keep the noise of the dark small
+    return [torch.log(z.float() + 8) for z in (x[:, :, end - 4:end].flip(2), x[:, :, start:start + 4])]
 
 
-def _log(strips):
-    return torch.log(strips.float() + 8)  # one weight for dark and sunlit frames; 8 keeps sensor noise of the dark small
-
-
-def _spectra(strips):
-    """Cosine spectra (N, L, 4), along the border, of three lines' log brightness and of the log roughness across it."""
-    lines = _log(strips)
-    rough = torch.log((lines[:, :, 0] - lines[:, :, 1]).abs() + 0.01)
-    x = torch.cat([lines[:, :, :3], rough[:, :, None]], 2)
-    k = torch.arange(x.shape[1], device=x.device)
+def _spectra(lines):
+    """Cosine spectra (N, L, 4) along the border of three lines and of the log roughness across it."""
+    rough = torch.log((lines[:, :, :1] - lines[:, :, 1:2]).abs() + 0.01)
+    k = torch.arange(lines.shape[1], device=lines.device)
     basis = torch.cos(math.pi / len(k) * k[:, None] * (k + 0.5)) * math.sqrt(2 / len(k))
     basis[0] /= math.sqrt(2)
-    return torch.einsum("fl,nlc->nfc", basis, x)
+    return torch.einsum("fl,nlc->nfc", basis, torch.cat([lines[:, :, :3], rough], 2))
 
 
 def _fit_gaussian(pairs):
-    """Forms Q (L, 8, 8): z'Qz / 2 summed over frequencies is the log-likelihood ratio of "adjacent" to "unrelated"."""
+    """Forms Q (L, 8, 8): the sum of z'Qz / 2 is the log-likelihood ratio of "adjacent" to "unrelated"."""
     z = [torch.cat([_spectra(a), _spectra(b)], 2).double() for a, b in pairs]
     cov = sum(torch.einsum("nfk,nfl->fkl", x, x) / len(x) for x in z)
     # nearby frequencies share their statistics; frequency 0, the mean brightness, stands alone
     cov = torch.stack([cov[max(1, f - 3):f + 4].mean(0) if f else cov[0] for f in range(len(cov))])
-    trace = cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
-    cov = cov + 1e-6 * trace * torch.eye(8, device=cov.device, dtype=cov.dtype)
+    cov += 1e-6 * cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(8).to(cov)
     unrelated = cov.clone()
     unrelated[:, :4, 4:] = unrelated[:, 4:, :4] = 0
     return (torch.linalg.inv(unrelated) - torch.linalg.inv(cov)).float()
 
 
 def _candidates(a, b, form):
-    """Each border's likeliest partners: rows i of a, j of b (P,), and features (P, 10) of those pairs."""
+    """Each border's likeliest partners: rows i of a, j of b (P,), and features (P, 8) of those pairs."""
     x, y = _spectra(a), _spectra(b)
-    qx, qy = (torch.einsum("nfk,fkl,nfl->n", z, q, z) / 2 for z, q in ((x, form[:, :4, :4]), (y, form[:, 4:, 4:])))
-    x, y = torch.einsum("nfk,fkl->nfl", x, form[:, :4, 4:]).flatten(1), y.flatten(1)
-    rows, columns = [], (x.new_empty(len(y), 0), torch.empty(len(y), 0, dtype=torch.long, device=x.device))
-    for s in range(0, len(x), 1024):
-        score = torch.addmm(qy + qx[s:s + 1024, None], x[s:s + 1024], y.T)
-        rows.append(score.topk(min(_LISTED, len(y)), 1))
-        value, index = score.T.contiguous().topk(min(_LISTED, len(score)), 1)
-        value, index = torch.cat([columns[0], value], 1), torch.cat([columns[1], index + s], 1)
-        value, order = value.topk(min(_LISTED, value.shape[1]), 1)
-        columns = value, index.gather(1, order)
-    best, j = (torch.cat(part) for part in zip(*rows, strict=True))
-    i = torch.arange(len(x), device=x.device)[:, None].expand_as(j)
-    k = torch.arange(len(y), device=x.device)[:, None].expand_as(columns[1])
-    pairs = torch.unique(torch.cat([(i * len(y) + j).flatten(), (columns[1] * len(y) + k).flatten()]))
+    qx = torch.einsum("nfk,fkl,nfl->n", x, form[:, :4, :4], x)[:, None] / 2
+    qy = torch.einsum("nfk,fkl,nfl->n", y, form[:, 4:, 4:], y)[:, None] / 2
+    u = torch.cat([torch.einsum("nfk,fkl->nfl", x, form[:, :4, 4:]).flatten(1), qx, torch.ones_like(qx)], 1)
+    v = torch.cat([y.flatten(1), torch.ones_like(qy), qy], 1)
+    # the ten best of each, 1,024 rows (50 MB) at a time; 16 hold under 0.5 % more of the true partners
+    tops = [[(part @ q.T).topk(min(10, len(q)), 1) for part in p.split(1024)] for p, q in ((u, v), (v, u))]
+    (best_a, j), (best_b, i) = ([torch.cat(part) for part in zip(*top, strict=True)] for top in tops)
+    here, there = (torch.arange(len(z), device=z.device)[:, None] for z in (u, v))
+    pairs = torch.cat([(here * len(v) + j).flatten(), (i * len(v) + there).flatten()]).unique()
     features = []
-    for p in pairs.split(8192):  # chunks bound the memory
-        i, j = p // len(y), p % len(y)
-        ratio = (x[i] * y[j]).sum(1) + qx[i] + qy[j]
-        margins = [_margin(ratio, best[i]), _margin(ratio, columns[0][j])]
-        ratios = torch.stack([ratio, *margins], 1)
-        features.append(torch.cat([ratios.sign() * torch.log1p(ratios.abs() / 3), _seam(_log(a[i]), _log(b[j]))], 1))
-    return pairs // len(y), pairs % len(y), torch.cat(features)
+    for p in pairs.split(8192):
+        i, j = p // len(v), p % len(v)
+        ratios = [(u[i] * v[j]).sum(1)]
+        for best in (best_a[i], best_b[j]):  # how far above the best other partner, or below it
+            second = best[:, min(1, best.shape[1] - 1)]
+            ratios.append(ratios[0] - torch.where(ratios[0] >= best[:, 0] - 1e-3, second, best[:, 0]))
+        rx, ry = ((z[:, :, :3] - z[:, :, 1:]).abs().mean(2) + 0.01 for z in (a[i], b[j]))
+        step, inner = (a[i, :, k] - b[j, :, k] for k in (0, 1))
+        jump = (1.5 * step - 0.5 * inner).abs()  # of the two sides drawn on to the border
+        lx, ly = rx.log().mean(1), ry.log().mean(1)
+        features.append(torch.stack([
+            *(r.sign() * torch.log1p(r.abs() / 3) for r in ratios), (jump.mean(1) + 0.01).log(), lx + ly,
+            (jump / (rx + ry) + 0.1).log().mean(1), (lx - ly).abs(), (step.mean(1).abs() + 0.003).log()], 1))
+    return pairs // len(v), pairs % len(v), torch.cat(features)
 
 
-def _margin(ratio, best):
-    """How far a pair's ratio is above the best other partner's (below it: negative); `best` (P, K) is sorted."""
-    other = best[:, 1] if best.shape[1] > 1 else best[:, 0] - 50
-    return ratio - torch.where(ratio >= best[:, 0] - 1e-3, other, best[:, 0])
+def _fit_scorer(x, y):
+    """Log-odds as a function of features: logistic regression on their products, by Newton's method."""
+    mean, std = x.mean(0), x.std(0) + 1e-3
 
+    def products(x):
+        x = torch.cat([((x - mean) / std).clamp(-4, 4), torch.ones_like(x[:, :1])], 1).double()
+        i, j = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+        return x[:, i] * x[:, j]
 
-def _seam(x, y):
-    """Seven log measures (P, 7) of the jump from border lines x to y (P, L, 4), also against the roughness beside it."""
-    rx, ry = ((z[:, :, :3] - z[:, :, 1:]).abs().mean(2) + 0.01 for z in (x, y))
-    step = x[:, :, 0] - y[:, :, 0]
-    jump = (step + 0.5 * (step - x[:, :, 1] + y[:, :, 1])).abs()  # between the two sides' lines drawn on to the seam
-    lx, ly = rx.log().mean(1), ry.log().mean(1)
-    return torch.stack([(jump.mean(1) + 0.01).log(), (jump / (rx + ry) + 0.1).log().mean(1), lx + ly, (lx - ly).abs(),
-                        ((jump ** 2).mean(1) + 1e-4).log(), (step.abs().mean(1) + 0.01).log(),
-                        (step.mean(1).abs() + 0.003).log()], 1)
-
-
-def _fit_scorer(x, y, steps=800, batch=1024):
-    """A function from features to log-odds of adjacency, fitted to features x (P, F) and truth y (P,)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # steps are too small to share: two threads on busy cores took 40 times as long
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        nn = torch.nn
-        net = nn.Sequential(nn.Linear(x.shape[1], 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 1)).to(x.device)
-        order = torch.randint(len(x), (steps, batch)).to(x.device)
-        mean, std = x.mean(0), x.std(0) + 1e-3
-        optimizer = torch.optim.Adam(net.parameters())
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=steps)
-        for rows in order:
-            logits = net((x[rows] - mean) / std)[:, 0]
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, y[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-    torch.set_num_threads(threads)
-    return lambda z: net((z - mean) / std)[:, 0].detach()
-
-
-def _states(strips):
-    """Which borders are a frame's own edge, and which are flat and so tell nothing: two bool (N,)."""
-    lines = _log(strips)
-    # a Navcam frame's first and last row are 1.5 times as bright: nearly all pixels jump one way (quartiles beyond
-    # 0.08: 96 % of frames' upper and lower edges, 0.1 % of other borders); unnoticed, lower edges match upper ones
-    quartiles = torch.quantile(lines[:, :, 0] - lines[:, :, 1], torch.tensor([0.25, 0.75], device=lines.device), 1)
-    outer = strips[:, :, 0].int()
-    return (quartiles[0] > 0.08) | (quartiles[1] < -0.08), outer.amax(1) - outer.amin(1) <= 2
+    x, y = products(x), y.double()
+    weight, ridge = torch.zeros_like(x[0]), torch.eye(x.shape[1]).to(x)
+    for _ in range(12):
+        p = torch.sigmoid(x @ weight)
+        weight += torch.linalg.solve(x.T @ (x * (p * (1 - p))[:, None]) + ridge, x.T @ (y - p) - weight)
+    # no one border is trusted beyond 1 : 665, so where under 5 % have a neighbour, none alone makes a link
+    return lambda x: (products(x) @ weight).clamp(-30, 6.5)
 
 
 def _links(tiles, vertical):
-    """Likely neighbours along one axis: i, j, log-odds (P,); closed, flat (2, N); log-odds that a border has one.
+    """Likely neighbours on one axis: i, j, log-odds (P,); log-ratio of unlisted ones (2, N); prior log-odds.
 
-    Everything is fitted to cuts through the tiles, where the truth is known; half the partners are taken away, as a
-    border often has none. The share that has one is then estimated (Saerens et al. 2002), so unrelated tiles stay so.
+    All is fitted to cuts through the tiles, where truth is known, half the partners taken away. The share of
+    borders that have a neighbour is estimated after that (Saerens et al. 2002): unrelated tiles stay so.
     """
-    runs = max(1, min(4, 4000 // len(tiles)))
-    cuts = np.linspace(4, tiles.shape[1 if vertical else 2] - 4, 2 * runs + 3).astype(int)[1:-1].tolist()
-    form = _fit_gaussian([_strips(tiles, vertical, cut) for cut in cuts[::2]])
-    generator = torch.Generator().manual_seed(0)
-    features, truth = [], []
-    for cut in cuts[1::2]:
-        a, b = _strips(tiles, vertical, cut)
+    runs = max(1, min(12, 8000 // len(tiles)))  # 4: 240 tiles' odds too sure
+    cuts = np.linspace(4, tiles.shape[2 - vertical] - 4, 2 * runs + 3).astype(int)[1:-1].tolist()
+    form = _fit_gaussian([_borders(tiles, vertical, cut) for cut in cuts[::2]])
+    generator, features, truth = torch.Generator().manual_seed(0), [], []
+    for a, b in (_borders(tiles, vertical, cut) for cut in cuts[1::2]):
         kept = torch.randperm(len(b), generator=generator)[:(len(b) + 1) // 2].to(b.device)
         i, j, x = _candidates(a, b[kept], form)
         features.append(x)
-        truth.append((kept[j] == i).float())
+        truth.append(kept[j] == i)
     scorer = _fit_scorer(torch.cat(features), torch.cat(truth))
-    ends = _strips(tiles, vertical)
-    closed, flat = (torch.stack(s) for s in zip(*map(_states, ends), strict=True))
-    open_a, open_b = (torch.nonzero(s)[:, 0] for s in ~(closed | flat))
-    closed, flat = closed.cpu().numpy(), flat.cpu().numpy()
-    if not len(open_a) or not len(open_b):
-        return np.zeros(0, int), np.zeros(0, int), np.zeros(0), closed, flat, 0.0
-    i, j, x = _candidates(ends[0][open_a], ends[1][open_b], form)
-    i, j, odds = (z.cpu().numpy() for z in (open_a[i], open_b[j], scorer(x).clamp(-30, 30).double()))
-    i, j, odds = (z[i != j] for z in (i, j, odds))
-    some, share = np.bincount(i, np.exp(odds), len(tiles))[open_a.cpu().numpy()], 0.5
-    for _ in range(50):
+    ends = _borders(tiles, vertical)
+    unlisted = torch.full((2, len(tiles)), -2.5).to(ends[0])  # twice that: 1 % of neighbours are unlisted
+    for x, ratio in zip(ends, unlisted, strict=True):
+        ratio[x[:, :, 0].amax(1) - x[:, :, 0].amin(1) < 0.02] = 0  # flat, as saturated sky: tells nothing
+        # Navcam frames' first and last rows are 1.5 times as bright; unnoticed, they match. Nearly all
+        # pixels jump one way at 96 % of upper and lower frame edges, at under 0.5 % of other borders
+        low, high = (x[:, :, 0] - x[:, :, 1]).quantile(torch.tensor([0.25, 0.75]).to(x), 1)
+        ratio[(low > 0.08) | (high < -0.08)] = -math.inf
+    i, j, x = _candidates(*ends, form)
+    fit = (i != j) & (unlisted[0, i] == -2.5) & (unlisted[1, j] == -2.5)
+    i, j, odds, unlisted = (z.cpu().numpy() for z in (i[fit], j[fit], scorer(x[fit]), unlisted))
+    some, share = np.bincount(i, np.exp(odds), len(tiles))[unlisted[0] == -2.5], 0.5
+    for _ in range(50 if len(some) else 0):
         share = np.clip((some * share / (some * share + 1 - share)).mean(), 1e-4, 0.95)
-    return i, j, odds, closed, flat, math.log(share / (1 - share))
-
-
-def _join(frames, places, link, limits):
-    """Two frames a link would join: kept frame, other frame, the other's cells as moved, borders that touch; or None."""
-    axis, a, b = link
-    (fa, ra, ca), (fb, rb, cb) = places[a], places[b]
-    dr, dc = ra + _STEPS[2 * axis][0] - rb, ca + _STEPS[2 * axis][1] - cb
-    if len(frames[fa]) < len(frames[fb]):
-        fa, fb, dr, dc = fb, fa, -dr, -dc
-    cells, moved = frames[fa], {(r + dr, c + dc): t for (r, c), t in frames[fb].items()}
-    for limit, line in zip(limits, zip(*cells, *moved, strict=True), strict=True):
-        if max(line) - min(line) >= limit:
-            return None
-    if not cells.keys().isdisjoint(moved):
-        return None
-    touching = [(t, side, cells[r + dr, c + dc]) for (r, c), t in moved.items()
-                for side, (dr, dc) in enumerate(_STEPS) if (r + dr, c + dc) in cells]
-    return fa, fb, moved, touching
+    return i, j, odds, unlisted, math.log(share / (1 - share))
 
 
 def _assemble(n, links, limits, least):
-    """Neighbours and confidence (N, 4) by joining frames, surest links first, if all touching borders together agree.
+    """Neighbours, confidence (N, 4), by joining frames of up to `limits` (rows, columns), surest link first.
 
-    Log-odds of a join: the prior plus the log-likelihood ratios of every border that comes to touch; at least `least`.
+    A join's log-odds, the prior plus the log-ratios of all borders that come to touch, are at least `least`.
     """
     guess = math.log(2 * n)  # a pair's prior odds in the scorer's fit are 1 : 2n
-    ratios = [dict(zip((i * n + j).tolist(), (odds + guess).tolist(), strict=True)) for i, j, odds, *_ in links]
-    closed, flat = (np.concatenate([link[k] for link in links]).T.tolist() for k in (3, 4))
+    ratios = [dict(zip((i * n + j).tolist(), (x + guess).tolist(), strict=True)) for i, j, x, *_ in links]
+    unlisted = np.concatenate([link[3] for link in links]).T.tolist()
     queue = sorted((-odds, axis, i, j) for axis, link in enumerate(links)
                    for i, j, odds in zip(*(z[link[2] > -5].tolist() for z in link[:3]), strict=True))
-    frames, places = [{(0, 0): t} for t in range(n)], [(t, 0, 0) for t in range(n)]
+    frames, places = [{(0, 0): t} for t in range(n)], {t: (t, 0, 0) for t in range(n)}
     neighbours, confidence = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
-
-    def ratio(t, side, other):
-        if closed[t][side] or closed[other][side ^ 1]:
-            return -math.inf
-        if flat[t][side] or flat[other][side ^ 1]:
-            return 0
-        i, j = (other, t) if side % 2 else (t, other)
-        return ratios[side // 2].get(i * n + j, -5)  # 1 % of true pairs are not listed
-
-    for wanted in [w for w in (12, 9, 6.5, 5, 4) if w > least] + [least]:
-        before = None
-        while before != len(queue):  # a join brings more evidence to those that waited
-            before, waiting = len(queue), []
-            for link in queue:
-                if places[link[2]][0] == places[link[3]][0] or not (join := _join(frames, places, link[1:], limits)):
-                    continue
-                kept, gone, moved, touching = join
-                odds = links[link[1]][5] - guess + sum(ratio(*border) for border in touching)
-                if odds < wanted:
-                    waiting.append(link)
-                    continue
-                frames[kept].update(moved)
-                frames[gone] = {}
-                for (r, c), t in moved.items():
-                    places[t] = kept, r, c
-                for t, side, other in touching:
-                    neighbours[t, side], neighbours[other, side ^ 1] = other, t
-                    confidence[t, side] = confidence[other, side ^ 1] = 1 / (1 + math.exp(-odds))
-            queue = waiting
+    for wanted in [w for w in (12, 9, 6.5, 5, 4) if w > least] + [least, least]:
+        waiting = []
+        for link in queue:
+            _, axis, a, b = link
+            (fa, ra, ca), (fb, rb, cb) = places[a], places[b]
+            dr, dc = ra + _STEPS[2 * axis][0] - rb, ca + _STEPS[2 * axis][1] - cb
+            if len(frames[fa]) < len(frames[fb]):
+                fa, fb, dr, dc = fb, fa, -dr, -dc
+            cells, moved = frames[fa], {(r + dr, c + dc): t for (r, c), t in frames[fb].items()}
+            spans = [max(line) - min(line) + 1 for line in zip(*cells, *moved, strict=True)]
+            if spans[0] > limits[0] or spans[1] > limits[1] or not cells.keys().isdisjoint(moved):
+                continue
+            touching = [(t, side, cells[r + dr, c + dc]) for (r, c), t in moved.items()
+                        for side, (dr, dc) in enumerate(_STEPS) if (r + dr, c + dc) in cells]
+            odds = links[axis][4] - guess
+            for t, side, o in touching:
+                pair = o * n + t if side % 2 else t * n + o
+                odds += ratios[side // 2].get(pair, unlisted[t][side] + unlisted[o][side ^ 1])
+            if odds < wanted:
+                waiting.append(link)
+                continue
+            cells.update(moved)
+            places.update((t, (fa, r, c)) for (r, c), t in moved.items())
+            for t, side, o in touching:
+                neighbours[t, side], neighbours[o, side ^ 1] = o, t
+                confidence[t, side] = confidence[o, side ^ 1] = 1 / (1 + math.exp(-odds))
+        queue = waiting
     return neighbours, confidence
 
 
 def place_frames(neighbours):
-    """Frame number, row and column of each tile: three int32 (N,).
+    """Frame number, row and column of each tile, each int32 (N,), from `find_neighbours`' neighbours (N, 4).
 
-    Frames are numbered by their first tile; a frame's rows and columns count from 0. `neighbours` (N, 4) is
-    `find_neighbours`' first result.
+    Frames are numbered by their first tile; rows and columns count from 0 in each.
     """
     frame, row, column = np.full((3, len(neighbours)), -1, np.int32)
-    for start in range(len(neighbours)):
-        if frame[start] >= 0:
-            continue
-        frame[start], members = frame.max() + 1, [start]
-        for tile in members:
-            for (dr, dc), other in zip(_STEPS, neighbours[tile], strict=True):
-                if other >= 0 and frame[other] < 0:
-                    frame[other], row[other], column[other] = frame[tile], row[tile] + dr, column[tile] + dc
-                    members.append(other)
-        row[members] -= row[members].min()
-        column[members] -= column[members].min()
+    for first in range(len(neighbours)):
+        if frame[first] < 0:
+            frame[first], members = frame.max() + 1, [first]
+            for t in members:
+                for (dr, dc), o in zip(_STEPS, neighbours[t], strict=True):
+                    if o >= 0 and frame[o] < 0:
+                        frame[o], row[o], column[o] = frame[t], row[t] + dr, column[t] + dc
+                        members.append(o)
+            row[members] -= row[members].min()
+            column[members] -= column[members].min()
     return frame, row, column
 
 
 def find_neighbours(images, device="cpu", exclude=None):
-    """Each tile's neighbours in its camera frame, found from the pixels alone.
+    """Each tile's neighbours in its camera frame, from the pixels alone, and how probable each link is.
 
-    Args:
-        images: uint8 (N, H, W), training tiles, then test tiles.
-        exclude: bool (N,), tiles never to link.
-    Returns:
-        neighbours int32 (N, 4): the tile to the right, left, below, above, -1 for none. Right of a is b if and only if
-        left of b is a, and tiles of a frame lie on one grid. confidence float32 (N, 4): the probability of that link.
-    Raises:
-        ValueError: images is not (N, H, W), or exclude not (N,).
-    Source: greedy assembly as in Gallagher 2012; measured on real frames: see the README.
+    Args: images uint8 (N, H, W), training tiles then test tiles; exclude bool (N,), tiles never to link.
+    Returns: neighbours int32 (N, 4), the tile to the right, left, below, above or -1, each link in both
+        tiles' rows, a frame's tiles on one grid without overlap; confidence float32 (N, 4), 0 without a link.
+    Source: border compatibility, greedy assembly: Gallagher 2012; likelihoods are fitted to the tiles.
     """
-    if images.ndim != 3 or (exclude is not None and np.shape(exclude) != (len(images),)):
-        raise ValueError(f"images must be (N, H, W) and exclude (N,), got {images.shape} and {np.shape(exclude)}")
-    kept = np.flatnonzero(np.ones(len(images), bool) if exclude is None else ~np.asarray(exclude, bool))
+    kept = np.arange(len(images)) if exclude is None else np.flatnonzero(~np.asarray(exclude, bool))
     neighbours, confidence = np.full((len(images), 4), -1, np.int32), np.zeros((len(images), 4), np.float32)
     if len(kept) < 2 or min(images.shape[1:]) < 16:
         return neighbours, confidence
     tiles = torch.from_numpy(images[kept]).to(device)
     links = [_links(tiles, vertical) for vertical in (False, True)]
-    found, _ = _assemble(len(kept), links, (8, 8), 6.5)
-    # a frame's extent is what 95 % of the surely linked tiles keep to; it cuts off most of the last wrong links
-    frame, *places = place_frames(found)
-    limits = []
-    for place in places:
-        extent = np.zeros(len(kept), int)
-        np.maximum.at(extent, frame, place + 1)
-        limits.append(np.quantile(extent[frame][(found >= 0).any(1)], 0.95, method="higher") if found.max() >= 0 else 8)
-    found, confidence[kept] = _assemble(len(kept), links, limits, 3)
+    found, _ = _assemble(len(kept), links, (8, 8), 6)
+    # a frame's extent is what 98 % of the surely placed tiles keep to
+    limits = [1 + np.quantile(place, 0.98, method="higher") for place in place_frames(found)[1:]]
+    found, confidence[kept] = _assemble(len(kept), links, limits, 3.5)
     neighbours[kept] = np.where(found >= 0, kept[found], -1)
     return neighbours, confidence
+
+
+def find_frames(data: Data) -> np.ndarray:
+    """Return frame, row, column (3, N + M) of training and test tiles; a tile alone is a frame of one."""
+    tiles, start = np.concatenate([data.images, data.test_images]), time.monotonic()
+    place = np.stack(place_frames(find_neighbours(tiles)[0]))
+    size = np.bincount(place[0])[place[0]]
+    print(f"frames: {len(tiles)} tiles, {100 * np.mean(size > 1):.0f} % of them put back into "
+          f"{len(np.unique(place[0][size > 1]))} frames, {time.monotonic() - start:.0f} s", flush=True)
+    return place
 
 
 def frame_weights(place: np.ndarray, reach: float) -> scipy.sparse.csr_matrix:
@@ -828,31 +725,49 @@ def frame_weights(place: np.ndarray, reach: float) -> scipy.sparse.csr_matrix:
 
     Args: place, frame, row and column of each tile (3, T); reach, in tiles.
     """
-    order = np.argsort(place[0], kind="stable")
-    rows, cols, values = [], [], []
-    for tiles in np.split(order, np.flatnonzero(np.diff(place[0][order])) + 1):
-        steps = np.abs(place[1:, tiles, None] - place[1:, None, tiles]).sum(0)
-        i, j = np.nonzero(steps)
-        rows.append(tiles[i])
-        cols.append(tiles[j])
-        values.append(np.exp(-steps[i, j] / reach))
-    index = np.concatenate(rows), np.concatenate(cols)
-    return scipy.sparse.csr_matrix((np.concatenate(values), index), shape=2 * (len(order),))
+    tiles = np.arange(place.shape[1])
+    member = scipy.sparse.csr_matrix((np.ones(len(tiles)), (tiles, place[0])))  # (T, frames)
+    i, j = (member @ member.T).nonzero()
+    steps = np.abs(place[1:, i] - place[1:, j]).sum(0)
+    values, apart = np.exp(-steps / reach), steps > 0
+    return scipy.sparse.csr_matrix((values[apart], (i[apart], j[apart])), shape=2 * (len(tiles),))
 
 
-def pooled_log_ratio(weights: scipy.sparse.csr_matrix, shares: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Return log(pooled shares / base), float32 (T, C): how much likelier the other tiles make each class.
+def frame_log_ratio(weights: scipy.sparse.csr_matrix, said: np.ndarray, masks: np.ndarray,
+                    hidden: np.ndarray, first_class: int) -> np.ndarray:
+    """Return what frames say of their tiles: log-ratios of classes to their overall shares, float32 (T, C).
 
-    Args: shares (T, C), rows of any sum, the tile's weight as a witness; base (C,), the overall shares, which
-    count as a tenth of a neighbour, so that few witnesses say little.
+    The other tiles of a frame speak, near ones louder: with their labels where these are known, elsewhere
+    with what was said of them, at 0.3 of the weight. The overall shares count as a tenth of a neighbour, so
+    that few witnesses say little. Rare classes are left alone: a rock says nothing of the next tile.
+
+    Args: weights of frame_weights; said, mean probabilities (T, C); masks (N, H, W), of the first N tiles;
+    hidden, bool (N,), whose labels may not be seen.
     """
+    known = np.flatnonzero(~hidden)
+    shares = 0.3 * said
+    shares[known] = np.stack([(masks[known] == c).mean((1, 2)) for c in range(NUM_CLASSES)], 1)
+    shares[:, :first_class] = 0
+    base = shares[known].sum(0) / max(shares[known].sum(), 1e-6)
     pooled = weights @ shares + 0.1 * base
-    pooled /= pooled.sum(1, keepdims=True)
-    return np.log(np.maximum(pooled, 1e-6) / np.maximum(base, 1e-6)).astype(np.float32)
+    pooled /= np.maximum(pooled.sum(1, keepdims=True), 1e-6)
+    ratio = np.log(np.maximum(pooled, 1e-6) / np.maximum(base, 1e-6))
+    ratio[:, rare_classes(masks)] = 0
+    ratio[:, :first_class] = 0
+    return ratio.astype(np.float32)
+
+
+def reweigh(probs: np.ndarray, log_ratio: np.ndarray, first_class: int) -> np.ndarray:
+    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(log_ratio (B, C)), normalised again."""
+    out = np.zeros_like(probs)
+    for i in range(0, len(probs), 256):  # bounded memory: a float copy of all is four times as large
+        part = np.maximum(probs[i:i + 256, first_class:], np.float32(0.5))
+        part *= np.exp(log_ratio[i:i + 256, first_class:, None, None], dtype=np.float32)
+        out[i:i + 256, first_class:] = np.rint(part * (255 / part.sum(1, keepdims=True)))
+    return out
 
 
 # ---------------------------------------------------------------------------------------- 4. folds
-
 
 def rare_classes(masks: np.ndarray) -> np.ndarray:
     """Return which classes are rare, bool (NUM_CLASSES,): present, on under 2 % of the labelled pixels."""
@@ -865,29 +780,26 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> 
     """Return the fold of each image, int (N,); fold k validates the network trained on all others.
 
     Stratified by "holds a rare class" and by dominant class, because 6 rock images in a validation set decide
-    nothing. Equal images share a fold. folds = 1 is one split: 15 % are fold 0, the rest -1 and never
-    validated. Raises UserError if there are fewer different images than folds.
+    nothing. Equal images share a fold. folds = 1 is one split: every 7th image (14.3 %) is fold 0, the rest
+    are -1. Raises UserError if there are fewer different images than folds.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 7]))
     counts = np.stack([(masks == c).sum((1, 2)) for c in range(NUM_CLASSES)], 1)
-    rare = (counts[:, rare_classes(masks)] > 0).any(1)
-    stratum = counts.argmax(1) + NUM_CLASSES * rare
-    _, group = np.unique(images.reshape(len(images), -1), axis=0, return_inverse=True)
-    _, first = np.unique(group, return_index=True)  # one image stands for its copies
+    stratum = counts.argmax(1) + NUM_CLASSES * (counts[:, rare_classes(masks)] > 0).any(1)
+    flat = images.reshape(len(images), -1)
+    _, first, group = np.unique(flat, axis=0, return_index=True, return_inverse=True)
     if len(first) < max(2, folds):
         raise UserError(f"--folds {folds}: the training set has only {len(first)} different images")
-    order = rng.permutation(first)
+    order = rng.permutation(first)  # one image stands for its copies
     order = order[np.argsort(stratum[order], kind="stable")]
-    of_order = np.arange(len(order)) % (folds if folds > 1 else 7)  # every 7th is 14.3 %
+    fold_of = np.empty(len(images), np.int64)
+    fold_of[order] = np.arange(len(order)) % (folds if folds > 1 else 7)
     if folds == 1:
-        of_order[of_order > 0] = -1
-    fold_of_group = np.empty(len(first), np.int64)
-    fold_of_group[group.ravel()[order]] = of_order
-    return fold_of_group[group.ravel()]
+        fold_of[fold_of > 0] = -1
+    return fold_of[first[group.ravel()]]
 
 
 # ---------------------------------------------------------------------------------------- 5. augmentation
-
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # x float (B, C, H, W), y integer labels (B, H, W)
 
@@ -907,62 +819,54 @@ def affine(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator, shift: float,
     """
     b, _, h, w = x.shape
     u = torch.rand(5, b, device=x.device, generator=gen) * 2 - 1
-    on = (u[4] < 2 * p - 1).float()
-    angle, zoom = u[2] * on * (degrees * np.pi / 180), 1 / (1 + u[3] * on * scale)
+    u = u * (u[4] < 2 * p - 1)
+    angle, zoom = u[2] * (degrees * np.pi / 180), 1 / (1 + u[3] * scale)
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     # affine_grid works in coordinates of -1..1 on both sides, so a turn needs the aspect ratio
-    theta = torch.stack([torch.stack([cos, sin * (h / w), u[0] * on * 2 * shift], 1),
-                         torch.stack([-sin * (w / h), cos, u[1] * on * 2 * shift], 1)], 1)
-    grid = F.affine_grid(theta, [b, 1, h, w], align_corners=False)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    y_moved = F.grid_sample(y[:, None].float(), grid, mode="nearest", padding_mode="reflection",
-                            align_corners=False)
-    return x, y_moved[:, 0].to(y.dtype)
+    theta = torch.stack([cos, sin * (h / w), u[0] * 2 * shift, -sin * (w / h), cos, u[1] * 2 * shift], 1)
+    grid = F.affine_grid(theta.view(b, 2, 3), [b, 1, h, w], align_corners=False)
+    x = F.grid_sample(x, grid, "bilinear", "reflection", align_corners=False)
+    moved = F.grid_sample(y[:, None].float(), grid, "nearest", "reflection", align_corners=False)
+    return x, moved[:, 0].to(y.dtype)
 
 
 def jitter_light(x: torch.Tensor, gen: torch.Generator, amount: float, p: float = 0.5) -> torch.Tensor:
     """Change brightness and contrast of channel 0 by up to ± amount, each with probability p."""
     u = torch.rand(3, len(x), 1, 1, device=x.device, generator=gen) * 2 - 1
-    on = (u[2] < 2 * p - 1).float()
-    return torch.cat([(x[:, 0] * (1 + amount * u[0] * on) + 2 * amount * u[1] * on)[:, None], x[:, 1:]], 1)
+    u = u * (u[2] < 2 * p - 1)
+    light = x[:, 0] * (1 + amount * u[0]) + 2 * amount * u[1]
+    return torch.cat([light[:, None], x[:, 1:]], 1)
 
 
 def paste_rare(x: torch.Tensor, y: torch.Tensor, donor_x: torch.Tensor, donor_y: torch.Tensor,
                gen: torch.Generator, p: float) -> Batch:
     """Paste the patches that donor_y marks (labels above 0, one donor an image) into x, y with probability p.
 
-    The donors' pixels, all channels, and labels move together: mirrored, scaled by 0.7 to 1.4, shifted,
-    their edge feathered over 3 pixels. Images without any label are left alone. Donors must come from the
-    same training split as x: a patch that crosses folds is a leak.
-
+    All channels and the label move together: mirrored, scaled by 0.7 to 1.4, shifted, feathered over 3
+    pixels. Images without any label are left alone. Donors must come from the same training split as x.
     Shape: x, donor_x (B, C, H, W) float; y, donor_y (B, H, W) integer labels.
     """
     b, _, h, w = x.shape
     u = torch.rand(6, b, device=x.device, generator=gen)
-    zoom = 1 / (0.7 * 2 ** u[0])
-    mirror = torch.where(u[1] < 0.5, -1.0, 1.0)
-    zero = torch.zeros_like(zoom)
-    theta = torch.stack([torch.stack([zoom * mirror, zero, 1.6 * u[2] - 0.8], 1),
-                         torch.stack([zero, zoom, 0.8 * u[3] - 0.4], 1)], 1)
-    grid = F.affine_grid(theta, [b, 1, h, w], align_corners=False)
-    label = F.grid_sample(donor_y[:, None].float(), grid, mode="nearest", align_corners=False)
+    zoom, mirror, zero = 1 / (0.7 * 2 ** u[0]), torch.where(u[1] < 0.5, -1.0, 1.0), torch.zeros_like(u[0])
+    theta = torch.stack([zoom * mirror, zero, 1.6 * u[2] - 0.8, zero, zoom, 0.8 * u[3] - 0.4], 1)
+    grid = F.affine_grid(theta.view(b, 2, 3), [b, 1, h, w], align_corners=False)
     patch = F.grid_sample(donor_x, grid, align_corners=False)
-    on = (u[4] < p) & (y > 0).flatten(1).any(1)
-    label = label * on[:, None, None, None]
+    label = F.grid_sample(donor_y[:, None].float(), grid, mode="nearest", align_corners=False)
+    label = label * ((u[4] < p) & (y > 0).flatten(1).any(1))[:, None, None, None]
     alpha = F.avg_pool2d((label > 0).float(), 3, 1, 1, count_include_pad=False)
     return x + alpha * (patch - x), torch.where(label[:, 0] > 0, label[:, 0].to(y.dtype), y)
 
 
 # ---------------------------------------------------------------------------------------- 6. network
 
-
 def conv_block(in_channels: int, out_channels: int) -> nn.Sequential:
     """Return two 3×3 convolutions, each with batch norm and ReLU (the norm makes a bias redundant)."""
-    layers = []
-    for i in (in_channels, out_channels):
-        layers += [nn.Conv2d(i, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels),
-                   nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class GatedSkip(nn.Module):
@@ -982,9 +886,8 @@ class UNet(nn.Module):
     """The paper's U-Net: widths w, 2w, 4w, 8w, bottleneck 16w; gated skips; heads on the decoder's levels.
 
     With width 64 and one channel it has the paper's 31.4 M parameters. With residual=True the last
-    num_classes input channels are log-probabilities that the network corrects: they are added to its logits
-    instead of convolved, and the heads start at zero, so that training starts from that prior.
-
+    num_classes input channels are log-probabilities, added to the logits instead of convolved; the heads
+    start at zero, so that training starts from that prior.
     Shape: (B, in_channels [+ num_classes], H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the
     full H, W, and in training also 1/2, 1/4, 1/8 of the size padded to a multiple of 16.
     """
@@ -993,29 +896,25 @@ class UNet(nn.Module):
                  residual: bool = False):
         super().__init__()
         self.in_channels, self.depth, self.residual = in_channels, depth, residual
-        widths = [width * 2 ** i for i in range(depth + 1)]
-        self.encoder = nn.ModuleList(
-            conv_block(i, o) for i, o in zip([in_channels] + widths[:-1], widths, strict=True))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths[:-1])
-        self.skip = nn.ModuleList(GatedSkip(w) for w in widths[:-1])
-        self.decoder = nn.ModuleList(conv_block(2 * w, w) for w in widths[:-1])
-        self.heads = nn.ModuleList(nn.Conv2d(w, num_classes, 1) for w in widths[:-1])
-        if residual:
-            for head in self.heads:
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
+        *widths, bottleneck = [width * 2 ** i for i in range(depth + 1)]
+        channels = [in_channels, *widths, bottleneck]
+        self.encoder = nn.ModuleList(conv_block(*pair) for pair in itertools.pairwise(channels))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths)
+        self.skip = nn.ModuleList(GatedSkip(w) for w in widths)
+        self.decoder = nn.ModuleList(conv_block(2 * w, w) for w in widths)
+        self.heads = nn.ModuleList(nn.Conv2d(w, num_classes, 1) for w in widths)
+        for parameter in self.heads.parameters() if residual else ():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         h, w = x.shape[-2:]
         step = 2 ** self.depth
         x = F.pad(x, (0, -w % step, 0, -h % step), mode="replicate")
-        prior = x[:, self.in_channels:]
-        x = x[:, :self.in_channels]
-        skips = []
+        x, prior = x[:, :self.in_channels], x[:, self.in_channels:]
+        skips, logits = [], []
         for i, block in enumerate(self.encoder):
             x = block(F.max_pool2d(x, 2) if i else x)
             skips.append(x)
-        logits = []
         for i in reversed(range(self.depth)):
             x = self.decoder[i](self.skip[i](skips[i], self.up[i](x)))
             if self.training or i == 0:
@@ -1026,7 +925,6 @@ class UNet(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- 7. loss
-
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: float = 1.0,
                weight: torch.Tensor | None = None, ignore_index: int = -1) -> torch.Tensor:
@@ -1050,33 +948,27 @@ def focal_loss(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: 
 def deep_supervision_loss(logits: list[torch.Tensor], target: torch.Tensor, level_weights: tuple[float, ...],
                           **loss_args) -> torch.Tensor:
     """Return the weighted sum of focal_loss over the outputs, coarser targets taken at every 2^i-th pixel."""
-    loss = focal_loss(logits[0], target, **loss_args)
-    for i, (out, level_weight) in enumerate(zip(logits[1:], level_weights, strict=True), 1):
-        if level_weight:
-            coarse = target[:, 2 ** i // 2::2 ** i, 2 ** i // 2::2 ** i]
-            out = out[..., :coarse.shape[1], :coarse.shape[2]]
-            loss = loss + level_weight * focal_loss(out, coarse, **loss_args)
+    loss = 0
+    for i, (out, level_weight) in enumerate(zip(logits, (1, *level_weights), strict=True)):
+        coarse = target[:, 2 ** i // 2::2 ** i, 2 ** i // 2::2 ** i]
+        out = out[..., :coarse.shape[1], :coarse.shape[2]]
+        loss = loss + level_weight * focal_loss(out, coarse, **loss_args)
     return loss
 
 
 # ---------------------------------------------------------------------------------------- 8. morphology
 
-
 def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
     """Return masks (N, H, W) uint8 after opening, then closing, each class on its own.
 
     A pixel that its class's opening takes away goes to the one class whose closing claims it, and otherwise
-    keeps its label. No class comes before another, so relabelling the classes relabels the result and
-    nothing else (grey morphology on class ids depends on the numbering). A class that opening would wipe
-    out of an image is left as it is there.
+    keeps its label; a class that opening would wipe out of an image stays. No class comes before another, so
+    relabelling the classes only relabels the result (grey morphology depends on the numbering).
     """
     kernel = np.ones((size, size), np.uint8)
     out = np.empty_like(masks)
     for i, mask in enumerate(masks):
         present = np.flatnonzero(np.bincount(mask.ravel()))
-        if len(present) == 1:
-            out[i] = mask
-            continue
         layers = (mask[..., None] == present).astype(np.uint8)  # (H, W, classes): one OpenCV call for all
         opened = cv2.morphologyEx(layers, cv2.MORPH_OPEN, kernel).reshape(layers.shape)
         gone = ~opened.any((0, 1))
@@ -1089,12 +981,8 @@ def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------- 9. metric
 
-
 def confusion_matrix(truth: np.ndarray, pred: np.ndarray, num_classes: int = NUM_CLASSES) -> np.ndarray:
-    """Return the int64 (C, C) pixel counts, rows the truth, columns the prediction, of everything given.
-
-    Over the whole set, not a mean over batches or images: small classes live on few images.
-    """
+    """Return the int64 (C, C) pixel counts, rows the truth, columns the prediction, of everything given."""
     index = truth.astype(np.int64).ravel() * num_classes + pred.ravel()
     return np.bincount(index, minlength=num_classes ** 2).reshape(num_classes, num_classes)
 
@@ -1112,7 +1000,7 @@ def iou_scores(confusion: np.ndarray, ignore_class: int | None = 0) -> tuple[flo
     hit = np.diag(counts)
     union = counts.sum(0) + counts.sum(1) - hit
     iou = np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
-    return (float(np.nanmean(iou)) if (union > 0).any() else float("nan")), iou
+    return (float(np.nanmean(iou)) if union.any() else float("nan")), iou
 
 
 def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, folds: int) -> dict:
@@ -1126,31 +1014,30 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
 
 # ---------------------------------------------------------------------------------------- 10. engine
 
-
 def option(default, text: str, valid=None):
     """Return a dataclass field that parse_flags makes a flag of; valid, a check, by default numbers ≥ 0."""
+    valid = valid or (lambda value: isinstance(value, str) or 0 <= value < math.inf)
     return field(default=default, metadata={"help": text, "valid": valid})
 
 
 def parse_flags(config: type, argv: list[str], description: str) -> dict:
     """Return field → value of the flags given in argv, for a dataclass whose flags are made by option().
 
-    A true-or-false field has the flag that turns it over. Raises UserError for a flag that does not exist,
-    with the nearest that does, and for a value out of range.
+    A true-or-false field has the flag that turns it over. UserError names the flag nearest to an unknown one.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-
     def complain(message: str):
         raise UserError(message + "; see --help")
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = complain
     fields = {f.name: f for f in dataclasses.fields(config) if f.metadata}
     for name, f in fields.items():
         flag, kind = name.replace("_", "-"), {"type": type(f.default), "metavar": str(f.default) or "FILE"}
         if isinstance(f.default, bool):
             flag, kind = "no-" * f.default + flag, {"action": "store_const", "const": not f.default}
-        parser.add_argument("--" + flag, dest=name, help=f.metadata["help"], default=argparse.SUPPRESS,
-                            **kind)
+        parser.add_argument("--" + flag, dest=name, help=f.metadata["help"], **kind)
     known = list(parser._option_string_actions)
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
         if flag not in known:
@@ -1158,8 +1045,7 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
             complain(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        valid = fields[name].metadata["valid"] or (lambda v: isinstance(v, str) or 0 <= v < float("inf"))
-        if not valid(value):
+        if not fields[name].metadata["valid"](value):
             complain(f"--{name.replace('_', '-')} {value}: out of range")
     return given
 
@@ -1175,12 +1061,11 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
         return torch.device("cpu"), "no GPU here (on Kaggle: Settings, Accelerator, GPU T4 x2)"
     device = torch.device("cuda" if name == "auto" else name)
     try:
-        conv = nn.Conv2d(1, 8, 3).to(device)
-        conv(torch.zeros(2, 1, 8, 8, device=device)).sum().backward()
+        nn.Conv2d(1, 8, 3).to(device)(torch.zeros(2, 1, 8, 8, device=device)).sum().backward()
         torch.cuda.synchronize(device)
     except RuntimeError as e:
-        return torch.device("cpu"), f"the GPU fails a test convolution ({str(e).splitlines()[0][:80]}); " \
-                                    "on Kaggle choose GPU T4 x2"
+        why = str(e).splitlines()[0][:80]
+        return torch.device("cpu"), f"the GPU fails a test convolution ({why}); on Kaggle choose GPU T4 x2"
     return device, torch.cuda.get_device_name(device)
 
 
@@ -1191,27 +1076,24 @@ def pick_precision(device: torch.device) -> tuple[torch.dtype, str]:
         major, minor = torch.cuda.get_device_capability(device)
         dtype = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
         return dtype, f"compute capability {major}.{minor}"
-    seconds = {}
     conv = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(16, 32, 64, 128).to(memory_format=torch.channels_last)
-    for dtype in (torch.bfloat16, torch.float32):
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                conv(x).float().mean().backward()
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = float(np.median(times))
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    if ratio > 1.1:
-        return torch.bfloat16, f"{ratio:.1f}× float32's speed on this processor"
-    return torch.float32, f"bfloat16 gives only {ratio:.1f}× its speed on this processor"
+
+    def seconds(dtype: torch.dtype) -> float:
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            conv(x).float().mean().backward()
+        return time.perf_counter() - start
+    low, full = (np.median([seconds(dtype) for _ in range(6)]) for dtype in (torch.bfloat16, torch.float32))
+    if full > 1.1 * low:
+        return torch.bfloat16, f"{full / low:.1f}× float32's speed on this processor"
+    return torch.float32, f"bfloat16 gives only {full / low:.1f}× its speed on this processor"
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
     """Return the autocast context of the device; float32 turns it off."""
-    return torch.autocast(device.type, dtype if dtype != torch.float32 else torch.bfloat16,
-                          enabled=dtype != torch.float32)
+    low = dtype != torch.float32
+    return torch.autocast(device.type, dtype if low else None, enabled=low)
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
@@ -1243,7 +1125,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
     The decay starts low, (1 + t) / (10 + t) after t steps: short runs must forget their random start.
     """
-    target = dict(model.state_dict())
+    target = model.state_dict()
     steps = next(v for k, v in target.items() if k.endswith("num_batches_tracked"))
     decay = torch.clamp((1 + steps) / (10 + steps), max=decay)
     for name, average in ema.state_dict().items():
@@ -1262,7 +1144,7 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     class of the model's first output (1: background is never predicted); tta, mean with the mirrored copy.
     """
     model.eval()
-    out = np.zeros((0, first_class + model.heads[0].out_channels, 1, 1), np.uint8)
+    out = np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
     for i in range(0, num_images, batch_size):
         x = make_input(slice(i, min(i + batch_size, num_images)))
         x = x.contiguous(memory_format=torch.channels_last)
@@ -1277,7 +1159,6 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
 
 
 # ---------------------------------------------------------------------------------------- 11. checkpoints
-
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
@@ -1297,18 +1178,41 @@ def write_json(path: Path, value) -> None:
         f.write(json.dumps(value, indent=1).encode())
 
 
+def open_state(out: Path, identity: dict, fresh: bool) -> Path:
+    """Return the state folder inside out; UserError if it cannot be written, or holds a run that this one, of
+    another identity (plain values by name), cannot go on with. fresh throws an earlier run away."""
+    state, file = out / "state", out / "state" / "identity.json"
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        (state / ".writable").touch()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another folder") from None
+    if fresh:
+        for old in filter(Path.is_file, state.iterdir()):
+            old.unlink()
+    if not file.exists():
+        write_json(file, identity)
+        return state
+    before, identity = json.loads(file.read_text()), json.loads(json.dumps(identity))
+    for key in {**before, **identity}:
+        if before.get(key) != identity.get(key):
+            raise UserError(f"--out {out} holds a run with {key} = {before.get(key)}, this one has "
+                            f"{identity.get(key)}; use another --out, or --fresh to throw that run away")
+    print(f"going on with the run in {out}")
+    return state
+
+
 def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None:
     """Write state, plain values and tensors only, behind its SHA-256; the one before stays as NAME.prev."""
-    buffer = io.BytesIO()
+    buffer, previous = io.BytesIO(), path.with_name(path.name + ".prev")
     torch.save(state, buffer)
-    payload = buffer.getbuffer()
     if path.exists():
-        os.replace(path, path.with_name(path.name + ".prev"))
+        os.replace(path, previous)
     with atomic_write(path) as f:
-        f.write(hashlib.sha256(payload).digest())
-        f.write(payload)
+        f.write(hashlib.sha256(buffer.getbuffer()).digest())
+        f.write(buffer.getbuffer())
     if not keep_previous:
-        path.with_name(path.name + ".prev").unlink(missing_ok=True)
+        previous.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, log=print) -> dict | None:
@@ -1316,11 +1220,8 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
 
     Nothing in a file is executed: first the checksum (most flipped bits load in silence), then weights_only.
     """
-    for candidate in (path, path.with_name(path.name + ".prev")):
-        try:
-            raw = candidate.read_bytes()
-        except FileNotFoundError:
-            continue
+    for candidate in filter(Path.exists, (path, path.with_name(path.name + ".prev"))):
+        raw = candidate.read_bytes()
         if hashlib.sha256(raw[32:]).digest() == raw[:32]:
             with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
                 return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
@@ -1331,28 +1232,17 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
 
 # ---------------------------------------------------------------------------------------- 12. submission
 
-
 def write_submission(path: Path, preds: np.ndarray) -> None:
-    """Write preds (M, H, W), labels 0..9, as the competition's CSV, the very bytes that pandas would write.
-
-    Every label is one digit, so all rows whose id has the same number of digits are one array of bytes.
-    """
+    """Write preds (M, H, W), labels 0..9, as the competition's CSV, in the very bytes of pandas."""
     flat = preds.reshape(len(preds), -1)
     assert flat.max() <= 9, "labels of two digits would need another layout"
+    cells = np.full(2 * flat.shape[1], ord(","), np.uint8)  # one row: a digit, a comma, a digit, …
+    cells[-1] = ord("\n")
     with atomic_write(path) as f:
-        f.write(("id," + ",".join(map(str, range(flat.shape[1]))) + "\n").encode())
-        start = 0
-        while start < len(flat):
-            digits = len(str(start))
-            stop = min(len(flat), 10 ** digits)
-            rows = np.full((stop - start, digits + 2 * flat.shape[1] + 1), ord(","), np.uint8)
-            ids = np.arange(start, stop)
-            for d in range(digits):
-                rows[:, d] = ids // 10 ** (digits - 1 - d) % 10 + ord("0")
-            rows[:, digits + 1::2] = flat[start:stop] + ord("0")
-            rows[:, -1] = ord("\n")
-            f.write(rows)
-            start = stop
+        f.write(",".join(["id", *map(str, range(flat.shape[1]))]).encode() + b"\n")
+        for i, labels in enumerate(flat):
+            cells[::2] = labels + ord("0")
+            f.write(b"%d," % i + cells.tobytes())
 
 
 def check_submission(path: Path, num_images: int, num_pixels: int, first_class: int = 1) -> np.ndarray:
@@ -1361,28 +1251,27 @@ def check_submission(path: Path, num_images: int, num_pixels: int, first_class: 
     Raises UserError that names the first row and column at fault: header, ids, number of columns, labels
     below first_class (a single 0 costs a fifth of the score) or that are no class, too few or many rows.
     """
-    labels = np.empty((num_images, num_pixels), np.uint8)
+    labels, row = np.empty((num_images, num_pixels), np.uint8), -1
     with open(path, "rb") as f:
-        if f.readline().rstrip(b"\r\n") != ("id," + ",".join(map(str, range(num_pixels)))).encode():
-            raise UserError(f"{path}: the header is not id,0,1,…,{num_pixels - 1}")
-        row = -1
+        header = ",".join(["id", *map(str, range(num_pixels))]).encode()
+        _refuse(f"{path}:", (f.readline().rstrip(b"\r\n") != header,
+                             f"the header is not id,0,1,…,{num_pixels - 1}"))
         for row, line in enumerate(f):
-            if row >= num_images:
-                raise UserError(f"{path}: more than {num_images} rows")
             name, _, rest = line.rstrip(b"\r\n").partition(b",")
-            if name != str(row).encode():
-                raise UserError(f"{path}: row {row} has the id {name[:20].decode(errors='replace')!r}")
-            cells = np.frombuffer(rest, np.uint8)
-            if len(cells) != 2 * num_pixels - 1 or (cells[1::2] != ord(",")).any():
-                raise UserError(f"{path}: row {row} is not {num_pixels} labels of one digit, "
-                                f"separated by commas ({rest.count(b',') + 1} columns)")
+            cells, found = np.frombuffer(rest, np.uint8), name[:20].decode(errors="replace")
+            _refuse(f"{path}:",
+                    (row >= num_images, f"more than {num_images} rows"),
+                    (name != str(row).encode(), f"row {row} has the id {found!r}"),
+                    (len(cells) != 2 * num_pixels - 1 or (cells[1::2] != ord(",")).any(),
+                     f"row {row} is not {num_pixels} labels of one digit, separated by commas "
+                     f"({rest.count(b',') + 1} columns)"))
             labels[row] = cells[::2] - np.uint8(ord("0"))
-            bad = np.flatnonzero((labels[row] >= NUM_CLASSES) | (labels[row] < first_class))
-            if len(bad):
-                raise UserError(f"{path}: row {row}, column {bad[0]} holds {chr(cells[2 * bad[0]])!r}; "
-                                f"expected labels {first_class} to {NUM_CLASSES - 1}")
-        if row + 1 != num_images:
-            raise UserError(f"{path}: {row + 1} rows; expected {num_images}")
+            bad = (labels[row] >= NUM_CLASSES) | (labels[row] < first_class)
+            first = bad.argmax()
+            _refuse(f"{path}: row {row}, column {first}",
+                    (bad.any(), f"holds {chr(rest[2 * first])!r}; "
+                                f"expected labels {first_class} to {NUM_CLASSES - 1}"))
+    _refuse(f"{path}:", (row + 1 != num_images, f"{row + 1} rows; expected {num_images}"))
     return labels
 
 
@@ -1396,7 +1285,6 @@ def zip_file(path: Path) -> Path:
 
 # ---------------------------------------------------------------------------------------- 13. report
 
-
 def picture(rgb: np.ndarray, alt: str, scale: int = 2) -> str:
     """Return an <img> with the picture (H, W) grey or (H, W, 3) RGB inside it, enlarged by whole pixels."""
     rgb = rgb.repeat(scale, 0).repeat(scale, 1)
@@ -1409,8 +1297,6 @@ def table(header: list[str], rows: list[list]) -> str:
     def cell(value) -> str:
         if isinstance(value, float):
             return f'<td class="n">{"–" if np.isnan(value) else f"{value:.3f}"}</td>'
-        if isinstance(value, (int, np.integer)):
-            return f'<td class="n">{value:,}</td>'
         return f"<td>{value if str(value).startswith('<img') else html.escape(str(value))}</td>"
     head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
@@ -1422,20 +1308,20 @@ def curves(lines: dict[str, list[float]], title: str) -> str:
     lines = {k: v for k, v in lines.items() if v and np.isfinite(v).all()}
     if not lines:
         return ""
-    low, high = min(map(min, lines.values())), max(map(max, lines.values()))
-    longest = max(map(len, lines.values()))
+    values, longest = np.concatenate(list(lines.values())), max(map(len, lines.values()))
+    low, high = values.min(), values.max()
     shapes = ""
-    for i, (name, values) in enumerate(lines.items()):
-        xs = 50 + 430 * np.arange(len(values)) / max(1, longest - 1)
-        ys = 180 - 160 * (np.array(values) - low) / (high - low or 1)
+    for i, (name, line) in enumerate(lines.items()):
+        xs = 50 + 430 * np.arange(len(line)) / max(1, longest - 1)
+        ys = 180 - 160 * (np.array(line) - low) / (high - low or 1)
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-        color = f"hsl({i * 360 // len(lines)} 70% 50%)"
+        color, name = f"hsl({i * 360 // len(lines)} 70% 50%)", html.escape(name)
         shapes += (f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6">'
-                   f"<title>{html.escape(name)}</title></polyline>"
-                   f'<text x="488" y="{24 + 15 * i}" fill="{color}">{html.escape(name)}</text>')
-    return (f'<svg viewBox="0 0 600 205" role="img" aria-label="{html.escape(title)}"><text x="50" y="12">'
-            f'{html.escape(title)}</text><text x="2" y="24">{high:.3f}</text>'
-            f'<text x="2" y="182">{low:.3f}</text>'
+                   f"<title>{name}</title></polyline>"
+                   f'<text x="488" y="{24 + 15 * i}" fill="{color}">{name}</text>')
+    title = html.escape(title)
+    return (f'<svg viewBox="0 0 600 205" role="img" aria-label="{title}"><text x="50" y="12">{title}</text>'
+            f'<text x="2" y="24">{high:.3f}</text><text x="2" y="182">{low:.3f}</text>'
             f'<text x="50" y="200">epoch 1</text><text x="440" y="200">{longest}</text>'
             f'<path d="M48 18V182H482" fill="none" stroke="currentColor"/>{shapes}</svg>')
 
@@ -1450,15 +1336,17 @@ figure{display:inline-block;margin:.3em}
 figcaption{font-size:12px;max-width:260px}"""
 
 
-def write_report(path: Path, metrics: dict, histories: dict, facts: dict, images: np.ndarray,
-                 truth: np.ndarray, labels: list[np.ndarray], confidence: np.ndarray,
-                 outliers: pd.DataFrame, outlier_images: np.ndarray) -> None:
-    """Write the report, one HTML file that needs no network.
+def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
+                 labels: list[np.ndarray], confidence: np.ndarray) -> None:
+    """Write out/report.html, one file that needs no network.
 
     Args: metrics, what metrics.json holds; histories, (stage, fold) → list of epochs; facts, anything to
-    list at the end; images, truth, each stage's out-of-fold labels and confidence, uint8 (N, H, W), of the
-    validated images; outliers, find_outliers's table, and its images.
+    list at the end; validated, bool (N,); each stage's out-of-fold labels and confidence, uint8 (N, H, W).
     """
+    images, truth, confidence = data.images[validated], data.masks[validated], confidence[validated]
+    labels = [stage[validated] for stage in labels]
+    outliers = pd.read_csv(out / "outliers.csv") if len(data.outlier_images) else pd.DataFrame()
+    facts = {**facts, "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__}
     stages = [f"stage{i}" for i in (1, 2) if f"stage{i}_miou" in metrics]
     parts = ["<h1>Mars terrain: the run</h1>", "<h2>Scores out of fold</h2>", table(
         ["stage", "mean IoU (competition)", "± over folds", "mean IoU (paper, with background)", *CLASSES],
@@ -1475,8 +1363,8 @@ def write_report(path: Path, metrics: dict, histories: dict, facts: dict, images
     parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
     for s in stages:
         counts = np.array(metrics[f"{s}_confusion"], float)
-        shares = counts / counts.sum(1, keepdims=True).clip(1)
-        parts.append(table([s, *CLASSES], [[CLASSES[c], *map(float, shares[c])] for c in range(NUM_CLASSES)]))
+        shares = (counts / counts.sum(1, keepdims=True).clip(1)).tolist()
+        parts.append(table([s, *CLASSES], [[name, *row] for name, row in zip(CLASSES, shares, strict=True)]))
     key = "".join(f'<span style="background:rgb({r} {g} {b})"></span>{name}'
                   for name, (r, g, b) in zip(CLASSES, PALETTE, strict=True))
     parts.append(f'<h2>Validated images: best, median, worst, and with big rock</h2><p class="key">{key}</p>')
@@ -1484,25 +1372,20 @@ def write_report(path: Path, metrics: dict, histories: dict, facts: dict, images
     right = ((truth == labels[-1]) & (truth > 0)).sum((1, 2)) / counted.clip(1)
     order = np.argsort(right, kind="stable")
     order = order[counted[order] > truth[0].size // 4]
-    middle = len(order) // 2
-    rock = np.flatnonzero((truth == NUM_CLASSES - 1).any((1, 2)))
-    rows = []
-    for kind, chosen in (("best", order[-3:]), ("median", order[middle:middle + 3]), ("worst", order[:3]),
-                         ("big rock", rock[:6])):
-        for i in chosen:
-            rows.append([f"{kind}, {right[i]:.2f}", picture(images[i], "image"),
-                         picture(PALETTE[truth[i]], "truth"),
-                         *(picture(PALETTE[stage[i]], f"stage {s}") for s, stage in enumerate(labels, 1)),
-                         picture(confidence[i], "confidence")])
-    parts.append(table(["accuracy", "image", "truth", *stages, "confidence"], rows))
+    middle, rock = len(order) // 2, np.flatnonzero((truth == NUM_CLASSES - 1).any((1, 2)))
+    shown = {"best": order[-3:], "median": order[middle:middle + 3], "worst": order[:3], "big rock": rock[:6]}
+    parts.append(table(["accuracy", "image", "truth", *stages, "confidence"], [
+        [f"{kind}, {right[i]:.2f}", picture(images[i], "image"), picture(PALETTE[truth[i]], "truth"),
+         *(picture(PALETTE[stage[i]], name) for name, stage in zip(stages, labels, strict=True)),
+         picture(confidence[i], "confidence")] for kind, index in shown.items() for i in index]))
     parts.append(f"<h2>Intruders: {len(outliers)} training images taken out</h2>")
-    for image, (_, row) in zip(outlier_images[:60], outliers[:60].iterrows(), strict=True):
+    for image, (_, row) in zip(data.outlier_images[:60], outliers[:60].iterrows(), strict=True):
         parts.append(f"<figure>{picture(image, 'intruder', 1)}<figcaption>{row['index']}: "
                      f"{html.escape(str(row['reasons']))}</figcaption></figure>")
-    parts += ["<h2>Data, choices, machine</h2>",
-              table(["what", "value"], [[k, str(v)] for k, v in facts.items()])]
+    parts.append("<h2>Data, choices, machine</h2>")
+    parts.append(table(["what", "value"], [[k, str(v)] for k, v in facts.items()]))
     page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
             f"<title>Mars terrain: the run</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>")
-    with atomic_write(path) as f:
+    with atomic_write(out / "report.html") as f:
         f.write(page.encode())

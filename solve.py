@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -25,14 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 import lib
 from lib import NUM_CLASSES, UserError, option
 
 # ---------------------------------------------------------------------------------------- configuration
-
 
 @dataclass(frozen=True)
 class Config:
@@ -48,13 +45,13 @@ class Config:
     # cleaning
     clean: bool = option(True, "keep intruders in the training set")
     witnesses: str = option(",".join(lib.WITNESSES), "who may accuse an image of being an intruder",
-                         lambda value: set(value.split(",")) <= set(lib.WITNESSES))
+                            lambda value: set(value.split(",")) <= set(lib.WITNESSES))
     template: str = option("", "picture of an intruder, instead of the one discovered")
     frames: bool = option(True, "don't put the camera frames back together")
     # engine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
-                                ("auto", "bfloat16", "float16", "float32").__contains__)
+                            ("auto", "bfloat16", "float16", "float32").__contains__)
     # size of the work; 0: planned from the measured speed and --max-hours
     folds: int = option(0, "networks a stage, each validated on its own part; 1: one 15 %% split; 0: planned")
     width: int = option(0, "channels of the first level (the paper: 64); 0: planned")
@@ -72,7 +69,7 @@ class Config:
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
     second_lr: float = 0.25       # stage 2's rate, as a share of lr: it must not shake its prior
-    background: bool = False      # is label 0 learnt and predicted, or ignored and never predicted
+    first_class: int = 1          # 0: background too is learnt and predicted; 1: ignored, never predicted
     refine: str = "correct"       # stage 2 corrects stage 1's log-probabilities, or fills in its "background"
     select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
     geometric: tuple = ()         # shift, scale, degrees
@@ -86,9 +83,9 @@ class Config:
 
 
 PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_weight=1.0,
-             rare_repeat=1, patience=25, ema_decay=0.0, background=True, refine="background", select="loss",
-             geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False,
-             most_epochs=300, weight_decay=0.0, cooldown=0.0, level_weights=(0.2, 0.3, 0.5))
+             rare_repeat=1, patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
+             geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False, most_epochs=300,
+             weight_decay=0.0, cooldown=0.0, level_weights=(0.2, 0.3, 0.5))
 
 
 def parse(argv: list[str]) -> Config:
@@ -101,12 +98,12 @@ def parse(argv: list[str]) -> Config:
 
 # ---------------------------------------------------------------------------------------- one run's facts
 
-
 @dataclass
 class Run:
     """What every part of a run needs to know. Images and masks are those that the cleaning kept."""
 
     cfg: Config
+    state: Path  # the folder of checkpoints, in --out
     clock: lib.Clock
     device: torch.device
     dtype: torch.dtype
@@ -115,31 +112,18 @@ class Run:
     test_images: torch.Tensor   # uint8 (M, H, W), on the device; M may be 0
     masks: torch.Tensor         # int8 (N, H, W), on the device
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
-    outlier_images: np.ndarray  # uint8, those that the cleaning took out
+    loss_args: dict             # of lib.focal_loss
     plan: dict = field(default_factory=dict)
     fold_of: np.ndarray | None = None
-    place: np.ndarray | None = None  # (3, N + M): frame, row and column of each training and test tile
+    place: np.ndarray | None = None  # (3, N + M): frame, row, column of the training and test tiles
     histories: dict = field(default_factory=dict)  # (stage, fold) → list of epochs, for the report
-    loss_args: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        weight = torch.where(self.is_rare, self.cfg.rare_weight, 1.0)[self.first_class:]
-        self.loss_args = {"gamma": self.cfg.gamma, "alpha": self.cfg.alpha, "weight": weight}
-
-    @property
-    def out(self) -> Path:
-        return Path(self.cfg.out).expanduser()
-
-    @property
-    def first_class(self) -> int:
-        return 0 if self.cfg.background else 1
 
     @property
     def folds(self) -> int:
         return self.plan["folds"]
 
     def checkpoint(self, stage: int, fold: int) -> Path:
-        return self.out / "state" / f"stage{stage}_fold{fold}.pt"
+        return self.state / f"stage{stage}_fold{fold}.pt"
 
     def index(self, chosen: np.ndarray) -> torch.Tensor:
         """Return the indices, on the device, where a boolean array is true."""
@@ -148,12 +132,11 @@ class Run:
 
 @dataclass
 class View:
-    """What a network looks at: images uint8 (N, H, W); in stage 2 also stage 1's probabilities in 1/255,
-    uint8 (N, NUM_CLASSES, H, W), and its cleaned masks, uint8 (N, H, W)."""
+    """What a network looks at. In stage 2 also what stage 1 said there."""
 
-    images: torch.Tensor
-    probs: torch.Tensor | None = None
-    cleaned: torch.Tensor | None = None
+    images: torch.Tensor                 # uint8 (N, H, W)
+    probs: torch.Tensor | None = None    # in 1/255, uint8 (N, NUM_CLASSES, H, W)
+    cleaned: torch.Tensor | None = None  # masks, uint8 (N, H, W)
 
 
 def network_input(run: Run, view: View, index) -> torch.Tensor:
@@ -169,25 +152,13 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
     cleaned = view.cleaned[index][:, None]
     if run.cfg.refine == "background":
         return torch.cat([x, -(cleaned != 0).float()], 1)
-    probs = view.probs[index, run.first_class:].float() / 255
-    classes = torch.arange(run.first_class, NUM_CLASSES, device=run.device)[:, None, None]
+    probs = view.probs[index, run.cfg.first_class:].float() / 255
+    classes = torch.arange(run.cfg.first_class, NUM_CLASSES, device=run.device)[:, None, None]
     return torch.cat([x, (cleaned == classes).float(), probs.amax(1, keepdim=True),
                       probs.clamp_min(1 / 510).log()], 1)
 
 
-def build_network(run: Run, stage: int, fold: int) -> lib.UNet:
-    """Return the freshly initialised network of a stage; its weights depend on (seed, stage, fold) alone."""
-    outputs = NUM_CLASSES - run.first_class
-    residual = stage == 2 and run.cfg.refine == "correct"
-    channels = 1 if stage == 1 else 2 + outputs if residual else 2
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lib.generator(torch.device("cpu"), run.cfg.seed, stage, fold, 0).initial_seed())
-        model = lib.UNet(channels, outputs, run.plan["width"], residual=residual)
-    return model.to(run.device, memory_format=torch.channels_last)
-
-
 # ---------------------------------------------------------------------------------------- training
-
 
 def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Tensor, donors: torch.Tensor,
                    gen: torch.Generator) -> lib.Batch:
@@ -209,10 +180,19 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
 
 
 def new_training(run: Run, stage: int, fold: int) -> dict:
-    """Return everything that training changes, by name: model, ema, optimizer, scheduler, scaler."""
-    cfg, model = run.cfg, build_network(run, stage, fold)
-    lr = cfg.lr * (cfg.second_lr if stage == 2 else 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=cfg.weight_decay, fused=True)
+    """Return everything that training changes, by name: model, ema, optimizer, scheduler, scaler.
+
+    The first weights depend on (seed, stage, fold) alone.
+    """
+    cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
+    residual = stage == 2 and cfg.refine == "correct"
+    channels = 1 if stage == 1 else 2 + outputs if residual else 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, fold, 0).initial_seed())
+        model = lib.UNet(channels, outputs, run.plan["width"], residual=residual)
+    model = model.to(run.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr * (cfg.second_lr if stage == 2 else 1),
+                                  weight_decay=cfg.weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
         optimizer, "max", factor=0.6, patience=cfg.patience * 7 // 25, min_lr=1e-6)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -238,7 +218,7 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
         x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
-        target = y.long() - run.first_class  # background or -1 fall below the first class learnt: ignored
+        target = y.long() - run.cfg.first_class  # background or -1 fall below the first class learnt: ignored
         loss = lib.deep_supervision_loss(logits, target, cfg.level_weights, **run.loss_args)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -264,8 +244,8 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
         with lib.autocast(run.device, run.dtype):
             x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
             logits = model(x)[0]
-        loss += lib.focal_loss(logits, y - run.first_class, **run.loss_args) * len(part)
-        pair = y * NUM_CLASSES + logits.argmax(1) + run.first_class
+        loss += lib.focal_loss(logits, y - run.cfg.first_class, **run.loss_args) * len(part)
+        pair = y * NUM_CLASSES + logits.argmax(1) + run.cfg.first_class
         confusion += torch.bincount(pair[y >= 0], minlength=NUM_CLASSES ** 2)
     confusion = confusion.reshape(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
     return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion)[0]}
@@ -326,7 +306,6 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
 
 # ---------------------------------------------------------------------------------------- the plan
 
-
 def measure_speed(run: Run, width: int) -> float:
     """Return the training speed, images/s, of a network of this width, from real steps after a first one."""
     run.plan["width"] = width
@@ -349,7 +328,7 @@ def make_plan(run: Run) -> dict:
     Four fifths of the time are planned: the rest is for a machine that slows down.
     """
     cfg, n = run.cfg, len(run.images)
-    m = 0 if run.data.test_images is None else len(run.data.test_images)
+    m = len(run.data.test_images)
 
     def cost(folds: int, speed: float) -> tuple[float, float, int]:
         """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
@@ -376,7 +355,6 @@ def make_plan(run: Run) -> dict:
 
 # ---------------------------------------------------------------------------------------- two stages
 
-
 def train_stage(run: Run, stage: int, views: list[View], targets: torch.Tensor, end: float) -> list[lib.UNet]:
     """Return the networks of a stage, one a fold, by `end` seconds of the clock; fewer when time runs out."""
     models = []
@@ -395,7 +373,7 @@ def predict(run: Run, model: lib.UNet, view: View, index=None, tta: bool = True)
     """Return a network's probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of the images at index."""
     index = torch.arange(len(view.images), device=run.device) if index is None else index
     return lib.predict_probs(model, lambda part: network_input(run, view, index[part]), len(index),
-                             run.device, run.dtype, run.first_class, tta and run.cfg.tta)
+                             run.device, run.dtype, run.cfg.first_class, tta and run.cfg.tta)
 
 
 def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarray:
@@ -413,68 +391,40 @@ def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarr
 
 
 def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple[list, list]:
-    """Return, for each fold, what frames say of their tiles: log-ratios of classes to their overall shares, of
-    the training (N, NUM_CLASSES) and the test tiles (M, NUM_CLASSES); zeros where there are no frames.
+    """Return, for each fold, what frames say of the training (N, C) and the test tiles (M, C): log-ratios.
 
-    The other tiles of a frame speak with their known labels, near ones louder; a test tile, and for fold k
-    every tile of fold k, with the prediction of network k, which never saw fold k: so the labels that fold k
-    is scored on appear nowhere. For the test tiles all training labels are known. Strength and reach are those of
-    the best out-of-fold score. Rare classes are left alone: a rock says nothing of the next tile.
+    For fold k the labels of fold k are hidden, and network k, which never saw them, speaks instead: what
+    fold k is scored on appears nowhere. For the test tiles all training labels are known. Strength and
+    reach are those of the best out-of-fold score.
     """
-    n, folds = len(run.images), range(run.folds)
-    if not run.cfg.frames or len(models) < run.folds or np.bincount(run.place[0]).max() == 1:
-        return tuple([np.zeros((size, NUM_CLASSES))] * run.folds for size in (n, len(run.test_images)))
-    labels = np.stack([(run.data.masks == c).mean((1, 2)) for c in range(NUM_CLASSES)], 1)
-    labels[:, :run.first_class] = 0
-    base = labels.sum(0) / labels.sum()
-    test = [predict(run, model, View(run.test_images), tta=False).mean((2, 3)) for model in models]
-
-    def evidence(weights, fold: int, hidden: np.ndarray) -> np.ndarray:
-        shares = 0.3 / 255 * np.concatenate([probs.mean((2, 3)), test[fold]])  # 0.3: a weaker witness
-        shares[np.flatnonzero(~hidden)] = labels[~hidden]
-        ratio = lib.pooled_log_ratio(weights, shares, base)
-        ratio[:, run.is_rare.cpu().numpy()] = 0
-        return ratio
-    small, truth, scored = probs[..., ::4, ::4], run.data.masks[:, ::4, ::4], run.fold_of >= 0
-    best = {"miou": -1.0}
-    for reach in (1.0, 2.0, 4.0):
+    n, first, masks = len(run.images), run.cfg.first_class, run.data.masks
+    if run.place is None:
+        return tuple([np.zeros((len(x), NUM_CLASSES))] * run.folds for x in (run.images, run.test_images))
+    test = [predict(run, model, View(run.test_images), tta=False) for model in models]
+    said = [np.concatenate([probs.mean((2, 3)), p.mean((2, 3))]) / 255 for p in test]
+    small, truth, scored = probs[..., ::4, ::4], masks[:, ::4, ::4], run.fold_of >= 0
+    best = (-1.0,)
+    for reach in (1.0, 2.0, 4.0, 8.0):
         weights = lib.frame_weights(run.place, reach)
-        hidden = [evidence(weights, k, run.fold_of == k)[:n] for k in folds]
+        hidden = [lib.frame_log_ratio(weights, one, masks, run.fold_of == k, first)
+                  for k, one in enumerate(said)]
         own = np.stack(hidden)[run.fold_of.clip(0), np.arange(n)]  # the labels of a tile's own fold hidden
         for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5):
-            pred = final_labels(run, informed(run, small, strength * own))
-            miou = lib.iou_scores(lib.confusion_matrix(truth[scored], pred[scored]))[0]
-            if miou > best["miou"]:
-                best = {"miou": miou, "reach": reach, "strength": strength, "weights": weights,
-                        "hidden": hidden}
-    strength, weights = best["strength"], best["weights"]
-    print(f"frames: pooled evidence, reach {best['reach']:g} tiles, strength {strength:g}: out of fold "
-          f"{best['miou']:.4f} before stage 2", flush=True)
-    return ([strength * ratio for ratio in best["hidden"]],
-            [strength * evidence(weights, k, np.zeros(n, bool))[n:] for k in folds])
-
-
-def informed(run: Run, probs: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
-    """Return probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), times exp(log_ratio (B, NUM_CLASSES))."""
-    out = np.zeros_like(probs)
-    for i in range(0, len(probs), 256):
-        part = torch.from_numpy(probs[i:i + 256, run.first_class:]).to(run.device).float().clamp_min(0.5)
-        ratio = torch.from_numpy(log_ratio[i:i + 256, run.first_class:, None, None]).to(run.device).float()
-        part = part * ratio.exp()
-        part = (part * (255 / part.sum(1, keepdim=True))).round()
-        out[i:i + 256, run.first_class:] = part.byte().cpu().numpy()
-    return out
-
-
-def final_labels(run: Run, probs: np.ndarray) -> np.ndarray:
-    """Return the likeliest labels, uint8 (N, H, W), of probabilities (N, NUM_CLASSES, H, W) of any scale."""
-    return probs[:, run.first_class:].argmax(1).astype(np.uint8) + np.uint8(run.first_class)
+            pred = lib.reweigh(small, strength * own, first)[scored].argmax(1)
+            miou = lib.iou_scores(lib.confusion_matrix(truth[scored], pred))[0]
+            if miou > best[0]:
+                best = miou, strength, reach, [strength * ratio[:n] for ratio in hidden]
+    miou, strength, reach, known = best
+    print(f"frames: evidence reaches {reach:g} tiles, strength {strength:g}: out of fold {miou:.4f} before "
+          "stage 2", flush=True)
+    weights, none = lib.frame_weights(run.place, reach), np.zeros(n, bool)
+    return known, [strength * lib.frame_log_ratio(weights, one, masks, none, first)[n:] for one in said]
 
 
 def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -> np.ndarray:
     """Return cleaned labels (N, H, W) from probabilities (N, C, H, W) of any scale; in the paper's second
     stage only where stage1, the first one's labels, are background."""
-    labels = final_labels(run, probs)
+    labels = (probs[:, run.cfg.first_class:].argmax(1) + run.cfg.first_class).astype(np.uint8)
     if stage1 is not None and run.cfg.refine == "background":
         labels = np.where(stage1 == 0, labels, stage1)
     return lib.clean_masks(labels)
@@ -482,7 +432,7 @@ def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -
 
 def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, log_ratio: np.ndarray) -> View:
     """Return stage 2's view of images, given stage 1's probabilities there and what the frames say."""
-    probs = informed(run, probs, log_ratio) if log_ratio.any() else probs
+    probs = lib.reweigh(probs, log_ratio, run.cfg.first_class) if log_ratio.any() else probs
     cleaned = torch.from_numpy(final_masks(run, probs)).to(run.device)
     return View(images, torch.from_numpy(probs).to(run.device), cleaned)
 
@@ -516,7 +466,6 @@ def predict_test(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarr
 
 # ---------------------------------------------------------------------------------------- the whole run
 
-
 SAMPLE_HOURS = 0.07  # the embedded sample is a demonstration: 4 minutes, unless --max-hours says otherwise
 
 
@@ -528,11 +477,15 @@ def open_run(cfg: Config) -> Run:
               "put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:
             cfg = dataclasses.replace(cfg, max_hours=SAMPLE_HOURS)
-    state = open_state(cfg, data.sha256)
+    identity = {"data_sha256": data.sha256, **dataclasses.asdict(cfg)}
+    for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
+        del identity[key]
+    state = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh)
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
-    outlier_images = clean(cfg, state, data)
-    place = find_frames(cfg, state, data)
+    if cfg.clean:
+        lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
+    place = lib.find_frames(data) if cfg.frames else None
     device, why = lib.pick_device(cfg.device)
     plan = json.loads((state / "plan.json").read_text()) if (state / "plan.json").exists() else {}
     if plan or cfg.precision != "auto":  # a resumed run keeps what its clock once measured
@@ -540,11 +493,11 @@ def open_run(cfg: Config) -> Run:
     else:
         dtype, why_dtype = lib.pick_precision(device)
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})")
-    test_images = data.images[:0] if data.test_images is None else data.test_images
-    run = Run(cfg, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
-              torch.from_numpy(test_images).to(device),
-              torch.from_numpy(data.masks.astype(np.int8)).to(device),
-              torch.from_numpy(lib.rare_classes(data.masks)).to(device), outlier_images)
+    is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
+    weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
+    run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
+              torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
+              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha, "weight": weight})
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
@@ -555,69 +508,6 @@ def open_run(cfg: Config) -> Run:
           f"{plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training images/s: "
           f"about {seconds / 60:.1f} of the {clock.left() / 60:.1f} minutes left", flush=True)
     return run
-
-
-def open_state(cfg: Config, sha256: str) -> Path:
-    """Return the state folder inside --out; UserError if it holds a run that this one cannot go on with."""
-    state = Path(cfg.out).expanduser() / "state"
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        (state / ".writable").touch()
-    except OSError as e:
-        raise UserError(f"--out {cfg.out}: cannot be written ({e.strerror}); choose another folder") from None
-    if cfg.fresh:
-        for file in filter(Path.is_file, state.iterdir()):
-            file.unlink()
-    identity = {"data_sha256": sha256, **dataclasses.asdict(cfg)}
-    for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
-        del identity[key]
-    identity, file = json.loads(json.dumps(identity)), state / "identity.json"
-    if not file.exists():
-        lib.write_json(file, identity)
-        return state
-    before = json.loads(file.read_text())
-    for key in {**before, **identity}:
-        if before.get(key) != identity.get(key):
-            raise UserError(f"--out {cfg.out} holds a run with {key} = {before.get(key)}, this one has "
-                            f"{identity.get(key)}; use another --out, or --fresh to throw that run away")
-    print(f"going on with the run in {cfg.out}")
-    return state
-
-
-def clean(cfg: Config, state: Path, data: lib.Data) -> np.ndarray:
-    """Take the intruders out of data and return them, uint8 (·, H, W); outliers.csv holds the evidence."""
-    if not cfg.clean:
-        return data.images[:0]
-    file, start = state.parent / "outliers.csv", time.monotonic()
-    if not (state / "cleaned").exists():  # decided once: a resumed run must train on the same images
-        template = lib.read_picture(cfg.template) if cfg.template else None
-        found = lib.find_outliers(data.images, data.masks, tuple(cfg.witnesses.split(",")), template,
-                                  seed=cfg.seed)
-        with lib.atomic_write(file) as f:
-            f.write(found.to_csv(index=False).encode())
-        (state / "cleaned").touch()
-    index = pd.read_csv(file)["index"].to_numpy(np.int64)
-    print(f"cleaning: {len(index)} of {len(data.images)} training images are intruders ({file}), "
-          f"{time.monotonic() - start:.0f} s", flush=True)
-    outliers = data.images[index]
-    data.images, data.masks = np.delete(data.images, index, 0), np.delete(data.masks, index, 0)
-    return outliers
-
-
-def find_frames(cfg: Config, state: Path, data: lib.Data) -> np.ndarray:
-    """Return frame, row, column (3, N + M) of the training and test tiles; those alone are frames of one."""
-    tiles = data.images if data.test_images is None else np.concatenate([data.images, data.test_images])
-    if not cfg.frames:
-        return np.stack([np.arange(len(tiles)), *np.zeros((2, len(tiles)), np.int64)])
-    saved, start = lib.load_checkpoint(state / "frames.pt"), time.monotonic()
-    if saved is None:
-        saved = {"place": torch.from_numpy(np.stack(lib.place_frames(lib.find_neighbours(tiles)[0])))}
-        lib.save_checkpoint(state / "frames.pt", saved)
-    place = saved["place"].numpy()
-    size = np.bincount(place[0])[place[0]]
-    print(f"frames: {len(tiles)} tiles, {100 * np.mean(size > 1):.0f} % of them put back into "
-          f"{len(np.unique(place[0][size > 1]))} frames, {time.monotonic() - start:.0f} s", flush=True)
-    return place
 
 
 def solve(cfg: Config) -> dict:
@@ -642,7 +532,7 @@ def solve(cfg: Config) -> dict:
               f" the paper's {result['paper_miou']:.4f}; IoU {np.round(result['iou'][1:], 3)}", flush=True)
         if len(models) < run.folds:
             break
-        if stage == 1:
+        if stage == 1 and run.plan["epochs"][1]:
             known, evidence = frame_evidence(run, models, probs)
             views = [second_view(run, run.images, probs, ratio) for ratio in known]
             if cfg.refine == "background":
@@ -651,20 +541,25 @@ def solve(cfg: Config) -> dict:
         print("stage 2 is below stage 1 out of fold: stage 1 is submitted")
         stages.pop()
     metrics["submitted_stage"] = len(stages)
-    if run.data.test_images is not None:
+    if len(run.test_images):
         write_outputs(run, stages, evidence, metrics)
     metrics["minutes"] = round(run.clock.used() / 60, 2)
-    lib.write_json(run.out / "metrics.json", metrics)
-    write_report(run, metrics, labels, probs)
+    lib.write_json(run.state.parent / "metrics.json", metrics)
+    shown = np.isin(run.fold_of, range(len(metrics["stage1_fold_miou"])))  # the validated images
+    facts = {**lib.fingerprint(run.data), **dataclasses.asdict(cfg), **run.plan, "device": run.device}
+    lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels, probs.max(1))
+    for name in ("submission.csv", "submission.zip", "report.html", "metrics.json", "outliers.csv"):
+        if (run.state.parent / name).exists():
+            print(f"written: {run.state.parent / name}")
     return metrics
 
 
 def write_outputs(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarray], metrics: dict) -> None:
     """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known."""
     labels, metrics["test_confidence"] = predict_test(run, stages, evidence)
-    file = run.out / "submission.csv"
+    file = run.state.parent / "submission.csv"
     lib.write_submission(file, labels[-1])
-    read = lib.check_submission(file, len(labels[-1]), labels[-1][0].size, run.first_class)
+    read = lib.check_submission(file, len(labels[-1]), labels[-1][0].size, run.cfg.first_class)
     if not np.array_equal(read, labels[-1].reshape(read.shape)):
         raise UserError(f"{file}: what was read back is not what was written; check the disk")
     lib.zip_file(file)
@@ -677,18 +572,6 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndar
             metrics |= {f"test_stage{i}_miou": miou, "test_miou": miou, "test_iou": iou.tolist()}
 
 
-def write_report(run: Run, metrics: dict, labels: list[np.ndarray], probs: np.ndarray) -> None:
-    """Gather what report.html shows, of the validated images alone."""
-    shown = np.isin(run.fold_of, range(len(metrics["stage1_fold_miou"])))
-    outliers = pd.read_csv(run.out / "outliers.csv") if run.cfg.clean else pd.DataFrame()
-    facts = {**lib.fingerprint(run.data), **dataclasses.asdict(run.cfg), **run.plan, "device": run.device,
-             "minutes": metrics["minutes"], "threads": torch.get_num_threads(), "torch": torch.__version__,
-             "numpy": np.__version__, "python": platform.python_version()}
-    lib.write_report(run.out / "report.html", metrics, run.histories, facts, run.data.images[shown],
-                     run.data.masks[shown], [stage[shown] for stage in labels], probs[shown].max(1), outliers,
-                     run.outlier_images)
-
-
 def main(argv: list[str]) -> int:
     """Run the command line argv; return its exit status: 0, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
     before = None
@@ -698,13 +581,9 @@ def main(argv: list[str]) -> int:
         if int(os.environ.get("RANK", 0)) > 0:
             print("this version trains on one process: this rank has nothing to do")
             return 0
-        cfg = parse(argv)
-        for key, value in solve(cfg).items():
+        for key, value in solve(parse(argv)).items():
             if "confusion" not in key:
                 print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
-        for name in ("submission.csv", "submission.zip", "report.html", "metrics.json", "outliers.csv"):
-            if (file := Path(cfg.out).expanduser() / name).exists():
-                print(f"written: {file}")
         return 0
     except UserError as e:
         print(f"solve.py: {e}", file=sys.stderr)

@@ -3,9 +3,10 @@ key."""
 
 import itertools
 
-import lib
 import pytest
 import torch
+
+import lib
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import pickle
 import subprocess
 import sys
 
-import lib
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT
+
+import lib
 
 
 class Evil:

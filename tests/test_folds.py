@@ -1,8 +1,9 @@
 """Folds: every image once, copies together, rare images spread evenly."""
 
-import lib
 import numpy as np
 import pytest
+
+import lib
 
 
 def tiles(n, rare_every=0, seed=0):
@@ -78,7 +79,7 @@ def test_one_fold_of_few_images_has_both_sides(n):
 
 
 def test_fewer_images_than_folds_is_refused():
-    """Fault 12: 3 images, or 3 different ones among 9, can't make 5 folds; the sentence names both numbers."""
+    """Fault 12: 3 images, or 3 different ones among 9, can't make 5 folds; both numbers are named."""
     images, masks = tiles(3)
     for copies in (1, 3):
         with pytest.raises(lib.UserError, match="5.*3"):

@@ -1,8 +1,9 @@
 """The competition's metric and the paper's."""
 
-import lib
 import numpy as np
 import pytest
+
+import lib
 
 
 def keras_mean_iou(truth, pred, num_classes, ignore_class):

@@ -2,10 +2,11 @@
 
 import math
 
-import lib
 import pytest
 import torch
 import torch.nn.functional as F
+
+import lib
 
 # ------------------------------------------------------------------------------ network
 
@@ -294,6 +295,10 @@ def test_decay_0_copies():
 
 class Ramp(torch.nn.Module):
     """Logits that are a function of the pixel and of its column, so that mirroring matters."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = [torch.nn.Conv2d(1, 3, 1)]  # predict_probs asks them for the number of classes
 
     def forward(self, x):
         column = torch.linspace(-1, 1, x.shape[-1]).expand_as(x)

@@ -1,12 +1,13 @@
 """Opening and closing per class."""
 
 import cv2
-import lib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+import lib
 
 KERNEL = np.ones((3, 3), np.uint8)
 blobs = hnp.arrays(

@@ -1,10 +1,10 @@
 """The kit as two Kaggle cells: lib.py written by a cell magic, solve.py pasted below it."""
 
-import lib
 import numpy as np
 import pytest
-
 from conftest import ROOT, tiny_arrays
+
+import lib
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -34,7 +34,7 @@ def executed(tmp_path_factory):
     order = ["globals", "lib", "paste", "main", "paste", "save", "import"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELLS[name]) for name in order])
     nbclient.NotebookClient(
-        book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     printed = []
     for name, cell in zip(order, book.cells, strict=True):
@@ -55,7 +55,7 @@ def test_the_paste_reaches_main_without_the_kernels_arguments(executed):
     """Fault 51: the pasted cell's last line runs main([]): it looks for the default data, not for the
     kernel's -f file.
 
-    Here there is no data folder, so that is one sentence, and the cell ends without SystemExit or a traceback.
+    Here there is no data folder, so that is one sentence, and no SystemExit or traceback ends the cell.
     """
     for name, _, err in executed[1]:
         if name == "paste":

@@ -3,11 +3,11 @@
 import hashlib
 import importlib.util
 
-import lib
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
+import lib
 
 SAMPLE = ROOT / "data" / "sample.npz"
 SHA256 = {

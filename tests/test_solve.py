@@ -15,15 +15,15 @@ import sys
 import time
 import zipfile
 
-import lib
 import numpy as np
 import pandas as pd
 import pytest
-import solve
 import torch
-
 from conftest import ROOT, tiny_arrays
 from test_metric import keras_mean_iou
+
+import lib
+import solve
 
 FAST = [
     "--folds",
@@ -107,13 +107,13 @@ def stop_in_training(argv, out, sig, *files):
         text=True,
     )
     try:
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 300
         while not all((out / "state" / file).exists() for file in ("stage1_fold0.pt", *files)):
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < limit
             time.sleep(0.002)
         child.send_signal(sig)
-        err = child.communicate(timeout=60)[1]
+        err = child.communicate(timeout=120)[1]
     finally:
         child.kill()
         child.wait()
@@ -248,7 +248,7 @@ def test_paper_recipe_is_the_published_one():
         level_weights=(0.2, 0.3, 0.5),
         geometric=(0.2, 0.2, 60.0),
         flip_vertical=True,
-        background=True,
+        first_class=0,
         refine="background",
         select="loss",
         ema_decay=0.0,
@@ -330,7 +330,7 @@ def test_last_lines_are_metrics_json(run):
 
 
 def test_written_files_are_listed(run):
-    """After the block every file in --out has its line `written: path`, and only what exists has one."""
+    """Every file in --out has its line `written: path`, and only what exists has one."""
     out, printed = run
     listed = re.findall(r"^written: (.*)$", printed, re.M)
     assert sorted(listed) == sorted(str(p) for p in out.iterdir() if p.is_file())
@@ -686,7 +686,7 @@ def test_nothing_is_written_outside_out(tmp_path):
         cwd=tmp_path / "cwd",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, "TMPDIR": str(tmp_path / "cwd")},
     )
     status, count, bad = re.search(r"AUDIT (\d+) (\d+) (.*)", done.stdout).groups()

@@ -4,10 +4,11 @@ import io
 import time
 import zipfile
 
-import lib
 import numpy as np
 import pandas as pd
 import pytest
+
+import lib
 
 
 def labels(m, h=4, w=6, seed=0):
