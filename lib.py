@@ -1107,7 +1107,7 @@ class Clock:
 
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit, self.start = path, max_hours * 3600, time.monotonic()
-        self.before = json.loads(path.read_text())["seconds"] if path.exists() else 3.0  # importing torch
+        self.before = read_json(path).get("seconds", 3.0)  # at first: what importing torch takes
 
     def used(self) -> float:
         return self.before + time.monotonic() - self.start
@@ -1171,6 +1171,14 @@ def atomic_write(path: Path):
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> dict:
+    """Return what write_json wrote, {} if there is no such file; UserError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError, OSError) as e:
+        raise UserError(f"{path}: damaged ({e}); begin anew with --fresh") from None
+
+
 def write_json(path: Path, value) -> None:
     """Write value as JSON, atomically; NaN, which JSON has not, as null."""
     value = json.loads(json.dumps(value), parse_constant=lambda _: None)
@@ -1193,7 +1201,7 @@ def open_state(out: Path, identity: dict, fresh: bool) -> Path:
     if not file.exists():
         write_json(file, identity)
         return state
-    before, identity = json.loads(file.read_text()), json.loads(json.dumps(identity))
+    before, identity = read_json(file), json.loads(json.dumps(identity))
     for key in {**before, **identity}:
         if before.get(key) != identity.get(key):
             raise UserError(f"--out {out} holds a run with {key} = {before.get(key)}, this one has "
