@@ -39,7 +39,7 @@ class Config:
     out: str = option("submission", "folder for everything that is written")
     recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
     max_hours: float = option(11.0, "a submission exists before this many hours are over")
-    seed: int = option(0, "seed of folds, weights and augmentation")
+    seed: int = option(0, "seed of folds, weights and augmentation", lambda v: 0 <= v < 2**63)
     fresh: bool = option(False, "throw away the state of an earlier run in --out")
     # cleaning
     clean: bool = option(True, "keep intruders in the training set")
@@ -199,8 +199,13 @@ def new_training(run: Run, stage: int, fold: int) -> dict:
             "scaler": scaler}
 
 
+def batch_size(run: Run, images: int) -> int:
+    """Return the images a step: few images get smaller steps, not fewer."""
+    return min(run.cfg.batch_size, max(4, images // 16))
+
+
 def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, train_index: torch.Tensor,
-                    key: tuple[int, ...]) -> float:
+                    key: tuple[int, ...], most_steps: int | None = None) -> float:
     """Train on every image, on rare ones rare_repeat times, in the order of key = (stage, fold, epoch), and
     return the mean loss. Nothing waits for the device inside."""
     cfg, gen = run.cfg, lib.generator(run.device, run.cfg.seed, *key)
@@ -208,10 +213,9 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
     donors = train_index[run.is_rare[targets[train_index].clamp_min(0).int()].flatten(1).any(1)]
     order = torch.cat([train_index, donors.repeat(cfg.rare_repeat - 1)])
     order = order[torch.randperm(len(order), device=run.device, generator=gen)]
-    batch_size = min(cfg.batch_size, max(4, len(order) // 16))  # few images: smaller steps, not fewer
     total, steps = torch.zeros((), device=run.device), 0
     model.train()
-    for index in order.split(batch_size):
+    for index in order.split(batch_size(run, len(train_index)))[:most_steps]:
         x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
@@ -303,14 +307,14 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
 
 # ---------------------------------------------------------------------------------------- the plan
 
-def measure_speed(run: Run, width: int) -> float:
-    """Return the training speed, images/s, of a network of this width, from 16 real steps after others."""
+def measure_speed(run: Run, width: int, steps: int = 6) -> float:
+    """Return the training speed, images/s, of a network of this width: from real steps after a first one."""
     run.plan["width"] = width
-    parts, index = new_training(run, 1, 0), torch.arange(min(len(run.images), 16 * run.cfg.batch_size))
-    for part in (index[:run.cfg.batch_size], index):
+    parts, index = new_training(run, 1, 0), torch.arange(len(run.images), device=run.device)
+    for count in (1, steps):
         start = time.perf_counter()
-        train_one_epoch(run, parts, View(run.images), run.masks, part.to(run.device), (0, 0, 0))
-    return len(index) / (time.perf_counter() - start)
+        train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), count)
+    return steps * batch_size(run, len(index)) / (time.perf_counter() - start)
 
 
 # (folds, width, epochs of both stages that it needs at least), best first: averaging networks gives 2 to 5
@@ -347,7 +351,8 @@ def make_plan(run: Run) -> dict:
     second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
     return {"folds": folds, "width": width, "epochs": [first, second],
             "epoch_seconds": [epoch_seconds, 1.05 * epoch_seconds], "predict_seconds": predict_seconds,
-            "train_images_per_second": speed, "precision": str(run.dtype).removeprefix("torch.")}
+            "train_images_per_second": speed, "precision": str(run.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads()}
 
 
 # ---------------------------------------------------------------------------------------- two stages
@@ -399,7 +404,7 @@ def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple
     test = [predict(run, model, View(run.test_images), tta=False) for model in models]
     said = [np.concatenate([probs.mean((2, 3)), p.mean((2, 3))]) / 255 for p in test]
     small, truth, scored = probs[..., ::4, ::4], masks[:, ::4, ::4], run.fold_of >= 0
-    best = (-1.0,)
+    best = None
     for reach in (1.0, 2.0, 4.0, 8.0):
         weights = lib.frame_weights(run.place, reach)
         hidden = [lib.frame_log_ratio(weights, one, masks, run.fold_of == k, first)
@@ -408,7 +413,7 @@ def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple
         for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5):
             pred = lib.reweigh(small, strength * own, first)[scored].argmax(1)
             miou = lib.iou_scores(lib.confusion_matrix(truth[scored], pred))[0]
-            if miou > best[0]:
+            if best is None or miou > best[0]:
                 best = miou, strength, reach, [strength * ratio[:n] for ratio in hidden]
     miou, strength, reach, known = best
     print(f"frames: evidence reaches {reach:g} tiles, strength {strength:g}: out of fold {miou:.4f} before "
@@ -479,16 +484,17 @@ def open_run(cfg: Config) -> Run:
     state = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh)
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
-    if cfg.clean:
-        lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
-    place = lib.find_frames(data) if cfg.frames else None
     device, why = lib.pick_device(cfg.device)
-    plan = lib.read_json(state / "plan.json")
-    if plan or cfg.precision != "auto":  # a resumed run keeps what its clock once measured
+    plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
+    torch.set_num_threads(plan.get("threads") or lib.pick_threads())
+    if plan or cfg.precision != "auto":
         dtype, why_dtype = getattr(torch, plan.get("precision", cfg.precision)), "as asked for or as begun"
     else:
         dtype, why_dtype = lib.pick_precision(device)
-    print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})")
+    print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})", flush=True)
+    if cfg.clean:
+        lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
+    place = lib.find_frames(data) if cfg.frames else None
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
     weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
@@ -571,6 +577,9 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndar
 def main(argv: list[str]) -> int:
     """Run the command line argv; return its exit status: 0, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
     before = None
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for ± instead of a crash
     with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -581,7 +590,7 @@ def main(argv: list[str]) -> int:
             if "confusion" not in key:
                 print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
         return 0
-    except UserError as e:
+    except (UserError, OSError) as e:  # OSError: a full disk, a folder in a file's place, a closed pipe
         print(f"solve.py: {e}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as e:
