@@ -179,10 +179,7 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
 
 
 def new_training(run: Run, stage: int, fold: int) -> dict:
-    """Return everything that training changes, by name: model, ema, optimizer, scheduler, scaler.
-
-    The first weights depend on (seed, stage, fold) alone.
-    """
+    """Return all that training changes, by name; the first weights depend on (seed, stage, fold) alone."""
     cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
     residual = stage == 2 and cfg.refine == "correct"
     channels = 1 if stage == 1 else 2 + outputs if residual else 2
@@ -255,8 +252,7 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
 def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, deadline: float) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
 
-    Args: targets int8 (N, H, W), -1 ignored; deadline, in seconds of run.clock, by which it should end.
-    Every epoch ends in a checkpoint, so a kill costs at most one.
+    Args: targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock. A kill costs an epoch at most.
     """
     cfg, path = run.cfg, run.checkpoint(stage, fold)
     train_index, val_index = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
@@ -323,10 +319,7 @@ SIZES = ((5, 32, 40), (5, 24, 36), (5, 16, 18), (3, 16, 14), (3, 12, 10), (2, 12
 
 
 def make_plan(run: Run) -> dict:
-    """Return folds, width and the epochs of both stages that fit into the time left, from measured speed.
-
-    One eighth of the time is left for a machine that slows down.
-    """
+    """Return folds, width and epochs that fit into 7/8 of the time left: the machine may slow down."""
     cfg, n = run.cfg, len(run.images)
     m = len(run.data.test_images)
 
@@ -394,9 +387,8 @@ def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarr
 def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple[list, list]:
     """Return, for each fold, what frames say of the training (N, C) and the test tiles (M, C): log-ratios.
 
-    For fold k the labels of fold k are hidden, and network k, which never saw them, speaks instead: what
-    fold k is scored on appears nowhere. For the test tiles all training labels are known. Strength and
-    reach are those of the best out-of-fold score.
+    For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
+    appears nowhere. For test tiles all labels are known. Strength and reach are the best out of fold.
     """
     n, first, masks = len(run.images), run.cfg.first_class, run.data.masks
     if run.place is None:
@@ -442,8 +434,7 @@ def predict_test(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarr
                  chunk: int = 1000) -> tuple[list[np.ndarray], float]:
     """Return the test labels of each stage, uint8 (M, H, W), and the last stage's mean confidence.
 
-    Each second network corrects the first one of its own fold, as it was trained to, and the mean is taken
-    last. In chunks, so that memory does not grow with the test set.
+    Each second network corrects the first of its own fold; the mean is taken last. Chunks bound the memory.
     """
     labels: list[list[np.ndarray]] = [[] for _ in stages]
     confidence = []
