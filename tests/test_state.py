@@ -51,7 +51,7 @@ def test_an_edited_report_does_not_change_the_cleaning(tmp_path, monkeypatch):
 
 
 def test_labels_too_sparse_to_score_still_give_a_submission(tmp_path):
-    """One labelled pixel an image, off the grid on which the evidence is fitted: a submission all the same."""
+    """One labelled pixel an image, off the grid the evidence is fitted on: a submission all the same."""
     rng = np.random.default_rng(0)
     train = rng.integers(1, 255, (12, 2, 16, 32)).astype(np.uint8)
     train[:, 1] = 0
