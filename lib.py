@@ -61,7 +61,7 @@ class UserError(Exception):
 
 @dataclass
 class Data:
-    """The competition's file, checked: images and masks uint8 (N, H, W), test images (M, H, W) or None."""
+    """The competition's file, checked: images and masks uint8 (N, H, W), test images and labels (M, H, W)."""
 
     path: Path
     sha256: str
@@ -70,8 +70,7 @@ class Data:
     test_images: np.ndarray     # M may be 0
     outlier_images: np.ndarray  # those that the cleaning took out of images
     test_labels: np.ndarray | None = None
-    dtype: str = "uint8"  # of the training set in the file
-    mean: float = 0.0     # of the training images' grey values, and their standard deviation
+    mean: float = 0.0  # of the training images' grey values, and their standard deviation
     std: float = 1.0
     notes: list[str] = field(default_factory=list)  # sentences to print: conversions and warnings
 
@@ -86,80 +85,67 @@ def _refuse(where: str, *faults: tuple[bool, str]) -> None:
 def find_data_file(path: str | Path) -> Path:
     """Return the .npz that `path`, a file or a folder, stands for; UserError says what is there if none.
 
-    In a folder mars_for_students.npz comes first, then the single other .npz with the right keys.
+    In a folder mars_for_students.npz comes first, then the single other .npz that holds a training_set.
     """
+    def has_training_set(file: Path) -> bool:
+        with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # damaged: nearly anything
+            return "training_set.npy" in archive.namelist()
+        return False
+
     path = Path(path).expanduser()
     if path.is_file():
         return path
     files = sorted(path.glob("*.npz")) or sorted(path.rglob("*.npz"))
-    for best in ([f for f in files if f.name == "mars_for_students.npz"][:1],
-                 [f for f in files if f.name != "sample.npz" and _has_training_set(f)],
-                 [f for f in files if f.name == "sample.npz"],
-                 files):
-        names = ", ".join(f.name for f in best[:6])
-        _refuse(f"--data {path}:", (len(best) > 1, f"{len(best)} .npz files ({names}); name one of them"))
-        if best:
-            return best[0]
+    best = ([file for file in files if file.name == "mars_for_students.npz"][:1]
+            or [file for file in files if file.name != "sample.npz" and has_training_set(file)]
+            or [file for file in files if file.name == "sample.npz"] or files)
+    if len(best) == 1:
+        return best[0]
     folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    there = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-    kaggle = ", ".join(map(str, sorted(Path("/kaggle/input").rglob("*.npz"))[:6])) or "no .npz"
-    fault = "no .npz in this folder" if folder == path else "no such file or folder"
-    raise UserError(f"--data {path}: {fault}; {folder} holds {there}, /kaggle/input {kaggle}; "
-                    "wanted is the competition's mars_for_students.npz")
+    there = best or [*sorted(folder.iterdir())[:12], *sorted(Path("/kaggle/input").rglob("*.npz"))[:6]]
+    fault = f"{len(best)} .npz files, name one of them" if best else "no such file, or no .npz in that folder"
+    raise UserError(f"--data {path}: {fault}; wanted is the competition's mars_for_students.npz, there is "
+                    f"{', '.join(map(str, there[:18])) or 'nothing'}")
 
 
-def _has_training_set(path: Path) -> bool:
-    try:
-        return "training_set" in read_headers(path)
-    except UserError:
-        return False
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return those of the competition's KEYS that an .npz holds; UserError if it can't be trusted.
 
-
-def read_headers(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Return name → (shape, dtype) of an .npz without reading its arrays; UserError if it can't be trusted.
-
-    A few bytes of zip can claim terabytes: what the headers claim is held against a cap, against the
-    archive's own sizes and against its compression before anything is allocated.
+    A few bytes of zip can claim terabytes: the sizes in its directory are held against a cap and the file's
+    size, then each array's header against its size there, and only then is memory taken.
     """
-    with _explained(path), open(path, "rb") as f:
-        start = f.read(512)
-    page = start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
-    _refuse(f"{path}:",
-            (not start, "the file is empty; fetch it again"),
-            (start[:6] == b"\x93NUMPY", "a single .npy array; expected an .npz with training_set, test_set"),
-            (page, "a web page saved under this name, not data; log in and download it again"),
-            (start[:2] != b"PK", f"not an .npz archive (it starts with {start[:4]!r})"))
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    headers, claimed, packed = {}, 0, path.stat().st_size
-    with _explained(path), zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as member:
-                shape, _, dtype = readers[np.lib.format.read_magic(member)](member)
-                body = info.file_size - member.tell()
-            name, size = info.filename.removesuffix(".npy"), math.prod(shape) * dtype.itemsize
-            claimed += max(size, info.file_size)
-            _refuse(f"{path}: {name}",
-                    (dtype.hasobject, "holds pickled objects, which can run code and are never loaded; "
-                                      "save it as a numeric array"),
-                    (claimed > MAX_BYTES, f"claims {size / 2**30:.0f} GiB; more than {MAX_BYTES >> 30} GiB "
-                                          "in all is refused"),
-                    (size != body, f"claims {size} bytes and has {body}: it is damaged, fetch it again"))
-            headers[name] = (shape, dtype)
-    _refuse(f"{path}:", (claimed > max(64 << 20, 250 * packed),  # real tiles pack 2 to 20 times
-                         f"{packed} bytes would unpack to {claimed}; no images do"))
-    return headers
-
-
-@contextlib.contextmanager
-def _explained(path: Path):
-    """Turn what the zip, zlib and NumPy readers raise on damaged files, nearly anything, into a sentence."""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    arrays, packed = {}, path.stat().st_size
     try:
-        yield
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            unpacked = sum(info.file_size for info in members.values())
+            most = min(MAX_BYTES, max(64 << 20, 250 * packed))  # real tiles pack 2 to 20 times
+            _refuse(f"{path}:", (unpacked > most, f"{packed} bytes would unpack to {unpacked}: refused"))
+            for name, info in members.items():
+                with archive.open(info) as member:
+                    shape, fortran, dtype = headers[np.lib.format.read_magic(member)](member)
+                    claimed, size = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+                    _refuse(f"{path}: {name}",
+                            (dtype.hasobject or (name in KEYS and dtype.kind not in "biuf"),
+                             f"is {dtype}, not numbers; pickled objects can run code: they are never loaded"),
+                            (claimed != size, f"claims {claimed} bytes, has {size}: damaged, fetch it again"))
+                    if name in KEYS:
+                        order = "F" if fortran else "C"
+                        arrays[name] = np.ndarray(shape, dtype, member.read(size), order=order)
+        _refuse(f"{path}:", ("training_set" not in arrays, "key training_set is missing (found "
+                             f"{', '.join(members) or 'none'}; expected training_set and test_set)"))
+        return arrays
     except UserError:
         raise
-    except Exception as e:
-        raise UserError(f"{path}: cut short, damaged or no .npz ({type(e).__name__}: {str(e)[:120]}); "
-                        "fetch it again") from None
+    except Exception as e:  # zipfile, zlib and NumPy raise nearly anything on a damaged file
+        with open(path, "rb") as f:
+            start = f.read(512).lstrip()
+        kinds = {b"PK": "cut short or damaged", b"<": "a web page, not data: log in to download it",
+                 b"\x93NUMPY": "a single .npy array, not an .npz of training_set and test_set",
+                 b"": "not an .npz archive" if start else "an empty file"}
+        kind = next(kind for prefix, kind in kinds.items() if start.startswith(prefix))
+        raise UserError(f"{path}: {kind}; fetch it again ({type(e).__name__}: {str(e)[:120]})") from None
 
 
 def load_data(path: str | Path) -> Data:
@@ -169,82 +155,50 @@ def load_data(path: str | Path) -> Data:
     (M, H, W), are optional. Any numeric dtype. Raises UserError with file, key, index, value and cure.
     """
     path = find_data_file(path)
-    headers = read_headers(path)
-    _check_shapes(path, headers)
-    with _explained(path), np.load(path, allow_pickle=False) as npz:
-        arrays = {key: npz[key] for key in KEYS if key in headers}
-    train = arrays["training_set"]
-    _refuse(f"{path}:", (train[:, 0].max() < NUM_CLASSES and (train[:, 1] >= NUM_CLASSES).mean() > 0.5,
-                         "training_set[:, 0] looks like the labels and [:, 1] like the images; "
-                         "swap them: training_set[:, ::-1]"))
-    pictures, notes = {f"{path}: training_set[:, 0]": train[:, 0]}, []
-    if "test_set" in arrays:
-        pictures[f"{path}: test_set"] = arrays["test_set"]
-    else:
+    arrays, notes = read_npz(path), []
+    train, test = arrays["training_set"], arrays.get("test_set")
+    _check_shape(f"{path}: training_set, images and labels,", train, ("N", 2, "H", "W"), 2)
+    grey = {"training_set[:, 0]": train[:, 0]}
+    if test is None:
         notes.append("no test_set in the file: the kit trains and scores, and writes no submission")
+    else:
+        _check_shape(f"{path}: test_set", test, ("M", *train.shape[2:]), 1)
+        grey["test_set"] = test
     masks = _to_labels(train[:, 1], f"{path}: training_set[:, 1]")
-    images, *test = _to_uint8(pictures, notes)
-    data = Data(path, hashlib.sha256(path.read_bytes()).hexdigest(), images, masks,
-                test[0] if test else images[:0], images[:0], notes=notes, dtype=str(train.dtype),
-                mean=float(images.mean()), std=max(1.0, float(images.std())))
-    if test and "test_labels" in arrays:
+    images, *tests = _to_uint8(path, grey, notes)
+    data = Data(path, hashlib.sha256(path.read_bytes()).hexdigest(), images, masks, *tests or [images[:0]],
+                images[:0], mean=float(images.mean()), std=max(1.0, float(images.std())), notes=notes)
+    if tests and "test_labels" in arrays:
+        _check_shape(f"{path}: test_labels", arrays["test_labels"], test.shape, 1)
         data.test_labels = _to_labels(arrays["test_labels"], f"{path}: test_labels")
-    _check_content(data)
+    constant = np.flatnonzero(images.min((1, 2)) == images.max((1, 2)))
+    counts = np.bincount(masks.ravel(), minlength=NUM_CLASSES)
+    _refuse(f"{path}: there is nothing to learn:",
+            (len(constant) == len(images), "every training image is one constant grey"),
+            (counts[1:].sum() == 0, "every training pixel is labelled 0 (background)"))
+    known = {image.tobytes() for image in images}
+    copies = sum(image.tobytes() in known for image in data.test_images)
+    if len(constant):
+        notes.append(f"{len(constant)} training images are one constant grey (first {constant[0]})")
+    if copies:
+        notes.append(f"{copies} test images are copies of training images")
+    notes += [f"class {c} ({CLASSES[c]}) is on no training pixel: it can't be learnt"
+              for c in range(1, NUM_CLASSES) if not counts[c]]
     return data
 
 
-def _check_shapes(path: Path, headers: dict) -> None:
-    """Raise UserError for missing keys, wrong axes, sizes or kinds, from the headers alone."""
-    _refuse(f"{path}:", ("training_set" not in headers, "key training_set is missing (found "
-                         f"{', '.join(headers) or 'none'}; expected training_set and test_set)"))
-    for key, (_, dtype) in headers.items():
-        numbers = key not in KEYS or dtype.kind in "biuf"
-        _refuse(f"{path}:", (not numbers, f"{key} has dtype {dtype}; expected numbers"))
-    shape = headers["training_set"][0]
-    bad, wanted = len(shape) != 4 or shape[1] != 2, "expected (N, 2, H, W), image and labels"
-    _refuse(f"{path}: training_set has shape {shape};",
-            (bad and shape[3:] == (2,),
-             wanted + "; the two channels come last here: np.moveaxis(training_set, -1, 1)"),
-            (bad and len(shape) == 4 and shape[0] == 2,
-             wanted + "; the two channels come first here: training_set.swapaxes(0, 1)"),
-            (bad, wanted),
-            (shape[:1] == (1,) or 0 in shape, "at least 2 images are needed"))
-    if "test_set" in headers:
-        test = headers["test_set"][0]
-        labels = headers.get("test_labels", [test])[0]
-        hint = "; height and width are swapped" if test[1:] == (shape[3], shape[2]) else ""
-        _refuse(f"{path}:",
-                (test[1:] != shape[2:] or test[0] == 0,
-                 f"test_set has shape {test}; expected (M, {shape[2]}, {shape[3]}), M ≥ 1{hint}"),
-                (labels != test, f"test_labels has shape {labels}; expected {test}, the shape of test_set"))
+def _check_shape(name: str, array: np.ndarray, wanted: tuple, least: int) -> None:
+    """Raise UserError if array hasn't the wanted sizes (a letter: any) and at least so many images.
 
-
-def _to_uint8(arrays: dict[str, np.ndarray], notes: list[str]) -> list[np.ndarray]:
-    """Return images, name → array of any numeric dtype, as contiguous uint8 0..255; UserError on NaN, inf.
-
-    Fractions 0..1 are multiplied by 255; values outside 0..255 (uint16, standardised floats) are mapped with
-    one line for all arrays, so that training and test images stay comparable.
+    Where another order of the axes would fit, the sentence gives it.
     """
-    ends = {}
-    for name, images in arrays.items():
-        good = np.isfinite(images).all((1, 2))
-        _refuse(f"{name}:", (not good.all(), f"NaN or infinite pixels, first in image {good.argmin()}; "
-                                             "replace them or drop the image"))
-        ends[name] = float(images.min()), float(images.max())
-    unit = [name for name, (low, high) in ends.items()
-            if arrays[name].dtype.kind in "bf" and low >= 0 and high <= 1]
-    seen = [value for name in ends if name not in unit for value in ends[name]] or [0.0]
-    low, high = min(0.0, *seen), max(seen)
-    line = (low, 255 / (high - low or 1)) if low < 0 or high > 255 else (0.0, 1.0)
-    out = []
-    for name, images in arrays.items():
-        zero, scale = (0.0, 255.0) if name in unit else line
-        if (zero, scale) != (0.0, 1.0):
-            notes.append(f"{name}: values {ends[name][0]:g} to {ends[name][1]:g} mapped to 0..255")
-        out.append(np.empty(images.shape, np.uint8))
-        for i, image in enumerate(images):  # one at a time: float64 is eight times as large
-            out[-1][i] = np.rint((image.astype(np.float64) - zero) * scale).clip(0, 255)
-    return out
+    orders = [axes for axes in itertools.permutations(range(len(wanted)))
+              if array.ndim == len(wanted) and all(isinstance(size, str) or array.shape[axis] == size
+                                                   for axis, size in zip(axes, wanted, strict=True))]
+    cure = f"; transpose{orders[0]} would fit" if orders else ""
+    _refuse(f"{name} has shape {array.shape};",
+            (tuple(range(array.ndim)) not in orders, f"expected ({', '.join(map(str, wanted))}){cure}"),
+            (array.size == 0 or array.shape[:1] < (least,), f"images needed: at least {least}"))
 
 
 def _to_labels(labels: np.ndarray, name: str) -> np.ndarray:
@@ -252,28 +206,35 @@ def _to_labels(labels: np.ndarray, name: str) -> np.ndarray:
     bad = ~np.isin(labels, np.arange(NUM_CLASSES))
     if bad.any():
         images = np.flatnonzero(bad.any((1, 2)))
+        cure = "; if these are the images, swap them: training_set[:, ::-1]" if bad.mean() > 0.5 else ""
         raise UserError(f"{name}: labels must be the integers 0 to {NUM_CLASSES - 1}; {bad.sum()} pixels in "
                         f"{len(images)} images (first {', '.join(map(str, images[:5]))}) hold "
-                        f"{', '.join(f'{v:g}' for v in np.unique(labels[bad])[:6].tolist())}")
+                        f"{', '.join(f'{v:g}' for v in np.unique(labels[bad])[:6].tolist())}{cure}")
     return labels.astype(np.uint8, order="C")
 
 
-def _check_content(data: Data) -> None:
-    """Raise UserError if there is nothing to learn; add to data.notes what only deserves a sentence."""
-    constant = np.flatnonzero(data.images.min((1, 2)) == data.images.max((1, 2)))
-    counts = np.bincount(data.masks.ravel(), minlength=NUM_CLASSES)
-    _refuse(f"{data.path}: there is nothing to learn:",
-            (len(constant) == len(data.images), "every training image is one constant grey"),
-            (counts[1:].sum() == 0, "every training pixel is labelled 0 (background)"))
-    if len(constant):
-        data.notes.append(f"{len(constant)} training images are one constant grey (first {constant[0]})")
-    data.notes += [f"class {c} ({CLASSES[c]}) is on no training pixel: it can't be learnt"
-                   for c in range(1, NUM_CLASSES) if not counts[c]]
-    if len(data.test_images):
-        train = {image.tobytes() for image in data.images}
-        copies = sum(image.tobytes() in train for image in data.test_images)
-        if copies:
-            data.notes.append(f"{copies} test images are copies of training images")
+def _to_uint8(path: Path, arrays: dict[str, np.ndarray], notes: list[str]) -> list[np.ndarray]:
+    """Return images, key → array of any numeric dtype, as contiguous uint8 0..255; UserError on NaN, inf.
+
+    Fractions 0..1 are multiplied by 255. If any value is outside 0..255 (uint16, standardised floats) one
+    line maps all arrays, so that training and test images stay comparable.
+    """
+    ends, out = {}, []
+    for key, images in arrays.items():
+        good = np.isfinite(images).all((1, 2))
+        _refuse(f"{path}: {key}: NaN or infinite pixels,",
+                (not good.all(), f"first in image {good.argmin()}; replace them or drop the image"))
+        ends[key] = float(images.min()), float(images.max())
+    low, high = min(0.0, *(low for low, _ in ends.values())), max(high for _, high in ends.values())
+    for key, images in arrays.items():
+        fractions = images.dtype.kind in "bf" and ends[key][0] >= 0 and ends[key][1] <= 1
+        zero, full = (0, 1) if fractions else (low, high) if low < 0 or high > 255 else (0, 255)
+        if (zero, full) != (0, 255):
+            notes.append(f"{key}: {images.dtype}, values {zero:g} to {full:g} mapped to 0..255")
+        out.append(np.empty(images.shape, np.uint8))
+        for i, image in enumerate(images):  # one at a time: float64 is eight times as large
+            out[-1][i] = np.rint((image.astype(np.float64) - zero) * (255 / (full - zero or 1)))
+    return out
 
 
 def fingerprint(data: Data) -> dict:
@@ -288,13 +249,7 @@ def fingerprint(data: Data) -> dict:
 
 def describe(data: Data) -> list[str]:
     """Return the fingerprint and the notes in lines for people."""
-    facts = fingerprint(data)
-    return [f"data: {data.path}, sha256 {data.sha256[:16]}…, {data.dtype}",
-            f"      {facts['train_images']} training and {facts['test_images']} test images of "
-            f"{facts['height']}×{facts['width']}, grey {facts['range'][0]} to {facts['range'][1]}",
-            *(f"      {c} {name:<10} {100 * share:6.2f} % of the pixels, in {images} images"
-              for c, (name, share, images) in enumerate(
-                  zip(CLASSES, facts["pixel_share"], facts["images_holding"], strict=True))),
+    return [f"data: {data.path}", *(f"      {name} {value}" for name, value in fingerprint(data).items()),
             *(f"note: {note}" for note in data.notes)]
 
 
@@ -1016,9 +971,8 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
 
 # ---------------------------------------------------------------------------------------- 10. engine
 
-def option(default, text: str, valid=None):
+def option(default, text: str, valid=lambda value: isinstance(value, str) or 0 <= value < math.inf):
     """Return a dataclass field that parse_flags makes a flag of; valid, a check, by default numbers ≥ 0."""
-    valid = valid or (lambda value: isinstance(value, str) or 0 <= value < math.inf)
     return field(default=default, metadata={"help": text, "valid": valid})
 
 
@@ -1057,18 +1011,16 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     is_available() is True on a P100 for which today's builds hold no kernels."""
     if name == "cpu":
         return torch.device("cpu"), "asked for"
-    if not torch.cuda.is_available():
-        if name != "auto":
-            raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
-        return torch.device("cpu"), "no GPU here (on Kaggle: Settings, Accelerator, GPU T4 x2)"
-    device = torch.device("cuda" if name == "auto" else name)
+    if name != "auto" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
     try:
+        device = torch.device("cuda" if name == "auto" else name)
         nn.Conv2d(1, 8, 3).to(device)(torch.zeros(2, 1, 8, 8, device=device)).sum().backward()
         torch.cuda.synchronize(device)
-    except RuntimeError as e:
+        return device, torch.cuda.get_device_name(device)
+    except (RuntimeError, AssertionError) as e:  # AssertionError: a build of PyTorch without CUDA
         why = str(e).splitlines()[0][:80]
-        return torch.device("cpu"), f"the GPU fails a test convolution ({why}); on Kaggle choose GPU T4 x2"
-    return device, torch.cuda.get_device_name(device)
+        return torch.device("cpu"), f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
 
 
 def pick_precision(device: torch.device) -> tuple[torch.dtype, str]:
@@ -1162,18 +1114,15 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     class of the model's first output (1: background is never predicted); tta, mean with the mirrored copy.
     """
     model.eval()
-    out = np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
+    out = []
     for i in range(0, num_images, batch_size):
-        x = make_input(slice(i, min(i + batch_size, num_images)))
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = make_input(slice(i, i + batch_size)).contiguous(memory_format=torch.channels_last)
         with autocast(device, dtype):
             logits = [model(x)[0]] + ([model(x.flip(-1))[0].flip(-1)] if tta else [])
         probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
-        probs = (probs * 255).round().to(torch.uint8).cpu().numpy()
-        if i == 0:
-            out = np.zeros((num_images, first_class + probs.shape[1], *probs.shape[2:]), np.uint8)
-        out[i:i + len(probs), first_class:] = probs
-    return out
+        probs = F.pad((probs * 255).round(), (0, 0, 0, 0, first_class, 0))
+        out.append(probs.to(torch.uint8).cpu().numpy())
+    return np.concatenate(out) if out else np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
 
 
 # ---------------------------------------------------------------------------------------- 11. checkpoints
@@ -1207,26 +1156,23 @@ def write_json(path: Path, value) -> None:
 def open_state(out: Path, identity: dict, fresh: bool) -> Path:
     """Return the state folder inside out; UserError if it cannot be written, or holds a run that this one, of
     another identity (plain values by name), cannot go on with. fresh throws an earlier run away."""
-    state, file = out / "state", out / "state" / "identity.json"
+    file = out / "state" / "identity.json"
+    identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
     try:
-        state.mkdir(parents=True, exist_ok=True)
-        (state / ".writable").touch()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for pattern in ("stage*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
+            for old in filter(Path.is_file, file.parent.glob(pattern)):
+                old.unlink()
+        before = read_json(file)
+        write_json(file, before or identity)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another folder") from None
-    if fresh:
-        for pattern in ("stage*", "*.json", "*.tmp"):  # nothing but our own
-            for old in filter(Path.is_file, state.glob(pattern)):
-                old.unlink()
-    if not file.exists():
-        write_json(file, identity)
-        return state
-    before, identity = read_json(file), json.loads(json.dumps(identity))
-    for key in {**before, **identity}:
+    for key in {**before, **identity} if before else ():
         if before.get(key) != identity.get(key):
             raise UserError(f"--out {out} holds a run with {key} = {before.get(key)}, this one has "
                             f"{identity.get(key)}; use another --out, or --fresh to throw that run away")
-    print(f"going on with the run in {out}")
-    return state
+    print(f"{'going on with the' if before else 'a new'} run in {out}")
+    return file.parent
 
 
 def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None:
@@ -1278,28 +1224,23 @@ def check_submission(path: Path, num_images: int, num_pixels: int, first_class: 
     Raises UserError that names the first row and column at fault: header, ids, number of columns, labels
     below first_class (a single 0 costs a fifth of the score) or that are no class, too few or many rows.
     """
-    labels, row = np.empty((num_images, num_pixels), np.uint8), -1
+    labels, allowed = [], b"".join(b"%d" % label for label in range(first_class, NUM_CLASSES))
+    header = ",".join(["id", *map(str, range(num_pixels))]).encode()
     with open(path, "rb") as f:
-        header = ",".join(["id", *map(str, range(num_pixels))]).encode()
         _refuse(f"{path}:", (f.readline().rstrip(b"\r\n") != header,
                              f"the header is not id,0,1,…,{num_pixels - 1}"))
         for row, line in enumerate(f):
             name, _, rest = line.rstrip(b"\r\n").partition(b",")
-            cells, found = np.frombuffer(rest, np.uint8), name[:20].decode(errors="replace")
-            _refuse(f"{path}:",
-                    (row >= num_images, f"more than {num_images} rows"),
-                    (name != str(row).encode(), f"row {row} has the id {found!r}"),
-                    (len(cells) != 2 * num_pixels - 1 or (cells[1::2] != ord(",")).any(),
-                     f"row {row} is not {num_pixels} labels of one digit, separated by commas "
-                     f"({rest.count(b',') + 1} columns)"))
-            labels[row] = cells[::2] - np.uint8(ord("0"))
-            bad = (labels[row] >= NUM_CLASSES) | (labels[row] < first_class)
-            first = bad.argmax()
-            _refuse(f"{path}: row {row}, column {first}",
-                    (bad.any(), f"holds {chr(rest[2 * first])!r}; "
-                                f"expected labels {first_class} to {NUM_CLASSES - 1}"))
-    _refuse(f"{path}:", (row + 1 != num_images, f"{row + 1} rows; expected {num_images}"))
-    return labels
+            cells, bad = rest[::2], rest[::2].lstrip(allowed)  # bad: from the first bad cell on
+            _refuse(f"{path}: row {row},",
+                    (name != b"%d" % row or len(rest) != 2 * num_pixels - 1 or rest[1::2].strip(b",") != b"",
+                     f"has the id {name[:20].decode('latin1')!r} and {rest.count(b',') + 1} columns; "
+                     f"expected {row} and {num_pixels} labels of one digit, separated by commas"),
+                    (bad != b"", f"column {len(cells) - len(bad)} holds {bad[:1].decode('latin1')!r}; "
+                                 f"expected labels {first_class} to {NUM_CLASSES - 1}"))
+            labels.append(np.frombuffer(cells, np.uint8) - np.uint8(ord("0")))
+    _refuse(f"{path}:", (len(labels) != num_images, f"{len(labels)} rows; expected {num_images}"))
+    return np.stack(labels)
 
 
 def zip_file(path: Path) -> Path:

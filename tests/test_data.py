@@ -135,11 +135,11 @@ FAULTS = {
         lambda d: write_zip(
             d / "m.npz", {"training_set.npy": npy(TRAIN, shape=(10**8, 2, 64, 128), descr="<f8")}
         ),
-        ["m.npz", "training_set", "12207 GiB", "refused"],
+        ["m.npz", "training_set", "claims 13107200000000 bytes", "98304"],
     ),
     "09_header_beyond_64_bits": (
         lambda d: write_zip(d / "m.npz", {"training_set.npy": npy(TRAIN, shape=(2**40, 2, 2**20, 2**20))}),
-        ["m.npz", "training_set", "GiB", "refused"],
+        ["m.npz", "training_set", f"claims {2**81} bytes"],
     ),
     "09_many_large_arrays": (
         lambda d: write_zip(d / "m.npz", {f"{k}.npy": npy(TEST, shape=(3 * 2**30,)) for k in "abc"}),
@@ -164,15 +164,15 @@ FAULTS = {
     "10_no_arrays": (lambda d: write_zip(d / "m.npz", {}), ["training_set is missing", "found none"]),
     "11_channels_last": (
         lambda d: save(d / "m.npz", training_set=np.moveaxis(TRAIN, 1, -1)),
-        ["training_set", "(24, 32, 64, 2)", "(N, 2, H, W)", "channels come last"],
+        ["training_set", "(24, 32, 64, 2)", "(N, 2, H, W)", "transpose(0, 3, 1, 2)"],
     ),
     "11_channels_first": (
         lambda d: save(d / "m.npz", training_set=TRAIN.swapaxes(0, 1)),
-        ["training_set", "(2, 24, 32, 64)", "channels come first"],
+        ["training_set", "(2, 24, 32, 64)", "transpose(1, 0, 2, 3)"],
     ),
     "11_height_and_width_swapped": (
         lambda d: save(d / "m.npz", test_set=TEST.swapaxes(1, 2)),
-        ["test_set", "(6, 64, 32)", "(M, 32, 64)", "swapped"],
+        ["test_set", "(6, 64, 32)", "(M, 32, 64)", "transpose(0, 2, 1)"],
     ),
     "11_masks_first": (
         lambda d: save(d / "m.npz", training_set=TRAIN[:, ::-1]),
@@ -197,11 +197,11 @@ FAULTS = {
     ),
     "12_no_images": (
         lambda d: save(d / "m.npz", training_set=TRAIN[:0]),
-        ["training_set", "(0, 2, 32, 64)", "2 images"],
+        ["training_set", "(0, 2, 32, 64)", "at least 2"],
     ),
     "12_one_image": (
         lambda d: save(d / "m.npz", training_set=TRAIN[:1]),
-        ["training_set", "(1, 2, 32, 64)", "2 images"],
+        ["training_set", "(1, 2, 32, 64)", "at least 2"],
     ),
     "12_no_test_images": (
         lambda d: save(d / "m.npz", test_set=TEST[:0], test_labels=None),

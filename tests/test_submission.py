@@ -100,7 +100,7 @@ FAULTS = {  # name: (edit of the table of cells, what the sentence says)
     "middle_row_missing": (lambda t: t[:5] + t[6:], ["row 4", "'5'"]),
     "last_row_missing": (lambda t: t[:-1], ["11 rows", "12"]),
     "no_rows": (lambda t: t[:1], ["0 rows", "12"]),
-    "row_too_many": (lambda t: t + [[b"12", *t[1][1:]]], ["more than 12"]),
+    "row_too_many": (lambda t: t + [[b"12", *t[1][1:]]], ["13 rows", "12"]),
     "wrong_id": (put(8, 0, b"77"), ["row 7", "'77'"]),
     "id_from_1": (
         lambda t: t[:1] + [[b"%d" % (i + 1), *r[1:]] for i, r in enumerate(t[1:])],
