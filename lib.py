@@ -1253,55 +1253,44 @@ def zip_file(path: Path) -> Path:
 
 # ---------------------------------------------------------------------------------------- 13. report
 
-def picture(rgb: np.ndarray, alt: str, scale: int = 2) -> str:
-    """Return an <img> with the picture (H, W) grey or (H, W, 3) RGB inside it, enlarged by whole pixels."""
-    rgb = rgb.repeat(scale, 0).repeat(scale, 1)
-    png = cv2.imencode(".png", rgb if rgb.ndim == 2 else rgb[..., ::-1])[1].tobytes()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-
-
-def table(header: list[str], rows: list[list]) -> str:
-    """Return an HTML table; numbers are right-aligned, floats shown with three decimals, NaN as a dash."""
-    def cell(value) -> str:
-        if isinstance(value, float):
-            return f'<td class="n">{"–" if np.isnan(value) else f"{value:.3f}"}</td>'
-        return f"<td>{value if str(value).startswith('<img') else html.escape(str(value))}</td>"
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def curves(lines: dict[str, list[float]], title: str) -> str:
-    """Return an inline SVG of lines, name → a value an epoch, one hue each; "" if there is nothing."""
-    lines = {k: v for k, v in lines.items() if v and np.isfinite(v).all()}
-    if not lines:
-        return ""
-    values, longest = np.concatenate(list(lines.values())), max(map(len, lines.values()))
-    low, high = values.min(), values.max()
-    shapes = ""
-    for i, (name, line) in enumerate(lines.items()):
-        xs = 50 + 430 * np.arange(len(line)) / max(1, longest - 1)
-        ys = 180 - 160 * (np.array(line) - low) / (high - low or 1)
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-        color, name = f"hsl({i * 360 // len(lines)} 70% 50%)", html.escape(name)
-        shapes += (f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.6">'
-                   f"<title>{name}</title></polyline>"
-                   f'<text x="488" y="{24 + 15 * i}" fill="{color}">{name}</text>')
-    title = html.escape(title)
-    return (f'<svg viewBox="0 0 600 205" role="img" aria-label="{title}"><text x="50" y="12">{title}</text>'
-            f'<text x="2" y="24">{high:.3f}</text><text x="2" y="182">{low:.3f}</text>'
-            f'<text x="50" y="200">epoch 1</text><text x="440" y="200">{longest}</text>'
-            f'<path d="M48 18V182H482" fill="none" stroke="currentColor"/>{shapes}</svg>')
-
-
 STYLE = """:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em}
-table{border-collapse:collapse;margin:.6em 0}td,th{border:1px solid #8888;padding:.25em .6em;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}svg{max-width:600px;width:100%;
-font-size:11px;fill:currentColor}img{image-rendering:pixelated;max-width:none}
-figure{display:inline-block;margin:.3em}
-.key span{display:inline-block;width:1em;height:1em;margin:0 .3em 0 1em;border:1px solid #888}
-figcaption{font-size:12px;max-width:260px}"""
+body{font:16px/1.5 system-ui,sans-serif;max-width:1340px;margin:auto;padding:1em}
+table{border-collapse:collapse}td,th{border:1px solid #8888;padding:.25em .6em;text-align:left}
+.wide{overflow-x:auto}figure{display:inline-block;max-width:100%;margin:.3em 1em .3em 0;white-space:nowrap}
+figcaption{font-size:12px;max-width:480px;white-space:normal}img{image-rendering:pixelated;margin-right:4px}
+svg{display:block;width:480px;height:160px;border:solid #8888;border-width:0 0 1px 1px;fill:none}
+polyline{stroke-width:1.6;vector-effect:non-scaling-stroke}i{padding:0 .6em;margin:0 .3em 0 1em}"""
+
+
+def pictures(caption: str, row: dict[str, np.ndarray], scale: int = 2) -> str:
+    """Return a row of pictures, name → grey (H, W) or RGB (H, W, 3), scale times as large, over caption."""
+    tags = ""
+    for name, pixels in row.items():
+        png = cv2.imencode(".png", pixels if pixels.ndim == 2 else pixels[..., ::-1])[1].tobytes()
+        tags += (f'<img alt="{html.escape(name)}" width="{scale * pixels.shape[1]}" '
+                 f'src="data:image/png;base64,{base64.b64encode(png).decode()}">')
+    return f'<figure class="wide">{tags}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+
+def table(frame: pd.DataFrame) -> str:
+    """Return an HTML table in a box that scrolls; floats have three decimals, NaN is a dash."""
+    with pd.option_context("display.max_colwidth", None):  # else pandas cuts long texts
+        return f'<div class="wide">{frame.to_html(border=0, na_rep="–", float_format="{:.3f}".format)}</div>'
+
+
+def curves(title: str, lines: list[list[float]]) -> str:
+    """Return a drawing of lines, a value an epoch, one hue a fold.
+
+    Not by matplotlib: its import starts a process that lists fonts, and writes into the user's home.
+    """
+    values = [value for line in lines for value in line if np.isfinite(value)] or [0.0]
+    low, high, epochs, shapes, names = min(values), max(values), max(map(len, lines), default=0), "", ""
+    for fold, line in enumerate(lines):
+        points = " ".join(f"{x},{(high - y) / (high - low or 1):.4f}" for x, y in enumerate(line))
+        shapes += f'<polyline points="{points}" stroke="hsl({75 * fold} 70% 50%)"/>'
+        names += f'<i style="background:hsl({75 * fold} 70% 50%)"></i>fold {fold}'
+    return (f'<figure><svg viewBox="0 0 {max(1, epochs - 1)} 1" preserveAspectRatio="none">{shapes}</svg>'
+            f"<figcaption>{title}: {low:.3f} to {high:.3f}, {epochs} epochs{names}</figcaption></figure>")
 
 
 def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
@@ -1311,49 +1300,45 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     Args: metrics, what metrics.json holds; histories, (stage, fold) → list of epochs; facts, anything to
     list at the end; validated, bool (N,); each stage's out-of-fold labels and confidence, uint8 (N, H, W).
     """
-    images, truth, confidence = data.images[validated], data.masks[validated], confidence[validated]
-    labels = [stage[validated] for stage in labels]
-    outliers = pd.read_csv(out / "outliers.csv") if len(data.outlier_images) else pd.DataFrame()
-    facts = {**facts, "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__}
     stages = [f"stage{i}" for i in (1, 2) if f"stage{i}_miou" in metrics]
-    parts = ["<h1>Mars terrain: the run</h1>", "<h2>Scores out of fold</h2>", table(
-        ["stage", "mean IoU (competition)", "± over folds", "mean IoU (paper, with background)", *CLASSES],
-        [[s, metrics[f"{s}_miou"], metrics[f"{s}_fold_std"], metrics[f"{s}_paper_miou"],
-          *map(float, metrics[f"{s}_iou"])] for s in stages])]
+    header = ["mean IoU (competition)", "± over folds", "mean IoU (paper, with background)", *CLASSES]
+    scores = [[*(metrics[f"{s}_{name}"] for name in ("miou", "fold_std", "paper_miou")), *metrics[f"{s}_iou"]]
+              for s in stages]
+    parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
     if "test_miou" in metrics:
         parts.append(f"<p>Test labels were in the file: mean IoU <b>{metrics['test_miou']:.4f}</b>.</p>")
     parts.append("<h2>Training</h2>")
-    for s in range(1, len(stages) + 1):
-        runs = {f"fold {fold}": history for (stage, fold), history in sorted(histories.items()) if stage == s}
+    for i, s in enumerate(stages, 1):
+        folds = [histories[key] for key in sorted(histories) if key[0] == i]
         for name, title in (("score", "validation mean IoU"), ("loss", "training loss")):
-            lines = {k: [epoch[name] for epoch in v] for k, v in runs.items()}
-            parts.append(curves(lines, f"stage {s}: {title}"))
+            parts.append(curves(f"{s}, {title}", [[epoch[name] for epoch in fold] for fold in folds]))
     parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
     for s in stages:
-        counts = np.array(metrics[f"{s}_confusion"], float)
-        shares = (counts / counts.sum(1, keepdims=True).clip(1)).tolist()
-        parts.append(table([s, *CLASSES], [[name, *row] for name, row in zip(CLASSES, shares, strict=True)]))
-    key = "".join(f'<span style="background:rgb({r} {g} {b})"></span>{name}'
-                  for name, (r, g, b) in zip(CLASSES, PALETTE, strict=True))
-    parts.append(f'<h2>Validated images: best, median, worst, and with big rock</h2><p class="key">{key}</p>')
-    counted = (truth > 0).sum((1, 2))
-    right = ((truth == labels[-1]) & (truth > 0)).sum((1, 2)) / counted.clip(1)
+        counts = pd.DataFrame(metrics[f"{s}_confusion"], CLASSES, CLASSES)
+        parts.append(f"<h3>{s}</h3>" + table(counts.div(counts.sum(axis=1).clip(1), axis=0)))
+    parts.append("<h2>Validated images: best, median, worst, and with big rock</h2>")
+    parts += [f'<i style="background:rgb{tuple(color)}"></i>{name}'
+              for name, color in zip(CLASSES, PALETTE.tolist(), strict=True)]
+    known = data.masks > 0
+    right = ((data.masks == labels[-1]) & known).sum((1, 2)) / known.sum((1, 2)).clip(1)
     order = np.argsort(right, kind="stable")
-    order = order[counted[order] > truth[0].size // 4]
-    middle, rock = len(order) // 2, np.flatnonzero((truth == NUM_CLASSES - 1).any((1, 2)))
+    order = order[(validated & (known.mean((1, 2)) > 0.25))[order]]
+    middle, rock = len(order) // 2, np.flatnonzero(validated & (data.masks == NUM_CLASSES - 1).any((1, 2)))
     shown = {"best": order[-3:], "median": order[middle:middle + 3], "worst": order[:3], "big rock": rock[:6]}
-    parts.append(table(["accuracy", "image", "truth", *stages, "confidence"], [
-        [f"{kind}, {right[i]:.2f}", picture(images[i], "image"), picture(PALETTE[truth[i]], "truth"),
-         *(picture(PALETTE[stage[i]], name) for name, stage in zip(stages, labels, strict=True)),
-         picture(confidence[i], "confidence")] for kind, index in shown.items() for i in index]))
-    parts.append(f"<h2>Intruders: {len(outliers)} training images taken out</h2>")
-    for image, (_, row) in zip(data.outlier_images[:60], outliers[:60].iterrows(), strict=True):
-        parts.append(f"<figure>{picture(image, 'intruder', 1)}<figcaption>{row['index']}: "
-                     f"{html.escape(str(row['reasons']))}</figcaption></figure>")
-    parts.append("<h2>Data, choices, machine</h2>")
-    parts.append(table(["what", "value"], [[k, str(v)] for k, v in facts.items()]))
-    page = ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width">'
-            f"<title>Mars terrain: the run</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>")
+    for kind, n in ((kind, n) for kind, index in shown.items() for n in index):
+        row = {"image": data.images[n], "truth": PALETTE[data.masks[n]],
+               **{s: PALETTE[stage[n]] for s, stage in zip(stages, labels, strict=True)},
+               "confidence": confidence[n]}
+        parts.append(pictures(f"{kind}, accuracy {right[n]:.2f}: {', '.join(row)}", row))
+    parts.append(f"<h2>Intruders: {len(data.outlier_images)} training images taken out</h2>")
+    if len(data.outlier_images):
+        found = pd.read_csv(out / "outliers.csv")
+        parts += [pictures(f"{i}: {reasons}", {"intruder": image}, 1) for i, reasons, image in zip(
+            found["index"], found["reasons"], data.outlier_images[:60], strict=False)]
+    facts = {**facts, "torch": torch.__version__, "numpy": np.__version__, "opencv": cv2.__version__}
+    parts.append("<h2>Data, choices, machine</h2>" + table(pd.Series(facts).map(str).to_frame("value")))
+    page = ('<!doctype html><html lang="en"><meta charset="utf-8"><title>Mars terrain: the run</title>'
+            f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+            f"<h1>Mars terrain: the run</h1>{''.join(parts)}</html>")
     with atomic_write(out / "report.html") as f:
         f.write(page.encode())
