@@ -261,79 +261,81 @@ MAX_SHARE = 0.15             # a cut that takes out more of the images is likeli
 MIN_VERTICES = 16            # outlines of masks that repeat among good images: at most 9; the saucers': 80
 COLUMNS = {"masks": "mask_copies", "autoencoder": "autoencoder_score", "template": "template_score"}
 CUTS = {"masks": 2, "autoencoder": 3.7, "template": 4.5}  # of 2,505 clean images they take 0, 3 and 0
+MIRRORS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # steps of slices: plain, left-right, upside down, both
 
 
-def robust_z(scores, plain=None):
-    """Distance from the median of plain (or all) in sigmas of a normal distribution with its MAD."""
-    plain = scores if plain is None else plain
+def robust_z(scores: np.ndarray, num_plain: int | None = None) -> np.ndarray:
+    """Return the distance from the median of the first num_plain, or all, in sigmas by their MAD."""
+    plain = scores[:num_plain]
     sigma = 1.4826 * np.median(np.abs(plain - np.median(plain)))
     return (scores - np.median(plain)) / sigma if sigma > 1e-6 else np.zeros_like(scores)
 
 
-def shrink(images):
-    """Images as float32 (N,h,w), the shorter side SHORT_SIDE, the longer at most 256; NaN becomes 0."""
+def shrink(images: np.ndarray) -> np.ndarray:
+    """Return float32 (N, h, w), the shorter side SHORT_SIDE, the longer at most 256; NaN becomes 0."""
     size = [4 * round(min(SHORT_SIDE * n / min(images.shape[1:]), 256) / 4) for n in images.shape[:0:-1]]
     small = [cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA) for image in images]
     return np.nan_to_num(np.stack(small))
 
 
-def mask_copies(images, masks):
-    """Number of different images, (N,), with one mask or its mirror image; 0 where that mask is simple."""
-    groups, copies = {}, np.zeros(len(masks))
+def mask_copies(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Return the number of different images, (N,), with one mask or its mirror image; 0 for simple masks."""
+    pairs = pd.DataFrame({"mask": [min(mask[::y, ::x].tobytes() for y, x in MIRRORS) for mask in masks],
+                          "image": [image.tobytes() for image in images]})  # given twice, it counts once
+    copies = pairs.groupby("mask")["image"].transform("nunique").to_numpy(float)
     for i, mask in enumerate(masks):
-        mirrored = (mask, mask[::-1], mask[:, ::-1], mask[::-1, ::-1])
-        groups.setdefault(min(m.tobytes() for m in mirrored), []).append(i)
-    for group in groups.values():
-        mask, vertices = masks[group[0]], 0
-        count = len({images[i].tobytes() for i in group})  # one image given twice is no intruder
-        for label in np.unique(mask) if count > 1 else ():
-            outlines = cv2.findContours(np.uint8(mask == label), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
-            vertices += sum(len(cv2.approxPolyDP(outline, 1.5, True)) for outline in outlines)
-        copies[group] = count if vertices >= MIN_VERTICES else 0
+        outlines = [outline for c in np.unique(mask) for outline in cv2.findContours(
+            np.uint8(mask == c), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]]
+        vertices = sum(len(cv2.approxPolyDP(outline, 1.5, True)) for outline in outlines)
+        copies[i] *= copies[i] > 1 and vertices >= MIN_VERTICES
     return copies
 
 
-def match(images, template, tilts):
-    """Best correlation, (N,), of each image with a template mirrored both ways, in three scales and the tilts
-    (degrees): Fisher's atanh of TM_CCOEFF_NORMED, unbounded, so that z tells a copy (.99) from a likeness."""
-    (height, width), views = template.shape, []
-    for scale in (0.7, 1, 1.4):
-        h, w = max(2, round(height * scale)), max(2, round(width * scale))
-        for tilt in tilts if h <= images.shape[1] and w <= images.shape[2] else ():
-            warp = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), tilt, scale)
-            warp[:, 2] += (w - width) / 2, (h - height) / 2
-            for mirrored in (template, template[::-1], template[:, ::-1], template[::-1, ::-1]):
-                views.append(cv2.warpAffine(mirrored, warp, (w, h), borderMode=cv2.BORDER_REPLICATE))
+def match(images: np.ndarray, template: np.ndarray, tilts: range) -> np.ndarray:
+    """Return the best correlation, (N,), with template mirrored, in three scales and the tilts (degrees).
 
-    def best(image):
+    It is Fisher's atanh of TM_CCOEFF_NORMED, unbounded, so that z tells a copy (.99) from a likeness.
+    """
+    (height, width), views = template.shape, []
+    for scale, tilt in itertools.product((0.7, 1, 1.4), tilts):
+        h, w = max(2, round(height * scale)), max(2, round(width * scale))
+        warp = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), tilt, scale)
+        warp[:, 2] += (w - width) / 2, (h - height) / 2
+        if h <= images.shape[1] and w <= images.shape[2]:
+            views += [cv2.warpAffine(template[::y, ::x], warp, (w, h), borderMode=cv2.BORDER_REPLICATE)
+                      for y, x in MIRRORS]
+
+    def best(image: np.ndarray) -> float:
         return max((cv2.matchTemplate(image, view, cv2.TM_CCOEFF_NORMED).max() for view in views), default=0)
 
     with ThreadPoolExecutor() as pool:  # OpenCV lets go of the interpreter's lock
         return np.arctanh(np.clip(np.nan_to_num(list(pool.map(best, images))), -0.999, 0.999))
 
 
-def discover_templates(images, labelled, suspects, seed=0):
-    """Windows common to several suspects: at most 4 arrays (WINDOW, WINDOW); none if nothing is common.
+def discover_templates(images: np.ndarray, labelled: np.ndarray, suspects: np.ndarray,
+                       seed: int) -> list[np.ndarray]:
+    """Return at most 4 windows (WINDOW, WINDOW), each common to several suspects.
 
-    Args: images, labelled (0 to 1): shrunk, (N,h,w); suspects: bool (N,), named by others, count double among
-    the strongest corners on labelled ground: the first 5 % held 53 to 100 % of the intruders of ten sets.
-    Source: corner = smaller eigenvalue over a window, Shi and Tomasi 1994; an edge would match everywhere."""
-    h, w = images.shape[1] - WINDOW + 1, images.shape[2] - WINDOW + 1
+    Args: images and labelled, 0 to 1, shrunk; suspects, bool (N,), named by others, count double among the
+    strongest corners on labelled ground: the first 5 % held 53 to 100 % of the intruders of ten sets.
+    Source: corner = smaller eigenvalue over a window, Shi and Tomasi 1994; an edge would match everywhere.
+    """
     corner = np.stack([np.sqrt(np.maximum(cv2.cornerMinEigenVal(image, WINDOW, 3), 0)) for image in images])
     corner *= np.stack([cv2.blur(share, (WINDOW, WINDOW)) for share in labelled])
-    corner = corner[:, WINDOW // 2 :, WINDOW // 2 :][:, :h, :w].reshape(len(images), -1)
-    order = np.argsort(-corner.max(1) * (1 + suspects), kind="stable")
+    inside = slice(WINDOW // 2, -((WINDOW - 1) // 2))  # centres of whole windows
+    corner = corner[:, inside, inside]
+    order = np.argsort(-corner.max((1, 2)) * (1 + suspects), kind="stable")
     count, rng = max(16, suspects.sum(), len(images) // 20), np.random.default_rng(seed)
     if len(order) < 2 * count:
         return []
     tested = rng.choice(order[:count], min(80, count), replace=False)
     others = rng.choice(order[count:], min(80, len(order) - count), replace=False)
     windows, hits, found = [], [], []
-    for i in order[: count : max(1, count // 40)][:40]:
-        y, x = divmod(corner[i].argmax(), w)
-        windows.append(images[i, y : y + WINDOW, x : x + WINDOW])
-        scores = match(images[np.append(others, tested)], windows[-1], (-45, -15, 15, 45))
-        hits.append((robust_z(scores, scores[: len(others)])[len(others) :] > 6) & (tested != i))
+    for i in order[:count:max(1, count // 40)][:40]:
+        y, x = np.unravel_index(corner[i].argmax(), corner[i].shape)
+        windows.append(images[i, y:y + WINDOW, x:x + WINDOW])
+        z = robust_z(match(images[np.append(others, tested)], windows[-1], range(-45, 46, 30)), len(others))
+        hits.append((z[len(others):] > 6) & (tested != i))
     hits = np.array(hits)
     while len(found) < 4 and hits.sum(1).max() >= 3:
         best = hits.sum(1).argmax()
@@ -342,11 +344,13 @@ def discover_templates(images, labelled, suspects, seed=0):
     return found
 
 
-def template_scores(images, masks, suspects, template=None, seed=0):
-    """Robust z, (N,), of each image's best correlation with a template; None where none was found.
+def template_scores(images: np.ndarray, masks: np.ndarray, suspects: np.ndarray,
+                    template: np.ndarray | None = None, seed: int = 0) -> np.ndarray | None:
+    """Return the robust z, (N,), of each image's best correlation with a template; None if none was found.
 
-    Args: images: uint8 (N,H,W); suspects: bool (N,); template: (h,w) in their pixels, or None: discovered.
-    Raises: UserError if it is flat (OpenCV finds it everywhere) or larger than an image (it swaps both)."""
+    Args: suspects, bool (N,); template, (h, w) in the images' pixels, or None: discovered.
+    Raises: UserError if it is flat (OpenCV finds it everywhere) or larger than an image (it swaps both).
+    """
     small = shrink(images)
     # half a grey level of noise: on a flat window the correlation is 0/0, and OpenCV may answer 1
     small += np.random.default_rng(seed).uniform(-0.5, 0.5, small[0].shape).astype(np.float32)
@@ -355,99 +359,92 @@ def template_scores(images, masks, suspects, template=None, seed=0):
     if template is None:
         templates = discover_templates(small, shrink(masks > 0), suspects, seed)
     else:
-        template = np.nan_to_num(np.float32(template))
-        if template.shape[0] > images.shape[1] or template.shape[1] > images.shape[2]:
-            raise UserError(f"the template {template.shape} is larger than the images {images.shape[1:]}")
-        if template.std() < 1:
-            raise UserError(f"the template is flat, grey level {template.mean():.0f}: all would match it")
-        size = [max(4, round(n * SHORT_SIDE / min(images.shape[1:]))) for n in template.shape[::-1]]
+        (height, width), template = template.shape, np.nan_to_num(np.float32(template))
+        _refuse(f"the template {height}×{width}",
+                (height > images.shape[1] or width > images.shape[2], "is larger than the images"),
+                (template.std() < 1, f"is flat, grey level {template.mean():.0f}: all would match it"))
+        size = [max(4, round(n * SHORT_SIDE / min(images.shape[1:]))) for n in (width, height)]
         template = cv2.resize(template, size, interpolation=cv2.INTER_AREA)
         templates = [template - cv2.blur(template, (11, 11))]
-    scores = [robust_z(match(small, t, range(-45, 46, 15))) for t in templates]
+    scores = [robust_z(match(small, one, range(-45, 46, 15))) for one in templates]
     return np.max(scores, axis=0) if scores else None
 
 
-def train_autoencoder(images, seed=0, width=16, latent=16):
-    """Autoencoder fitted to images (N,1,h,w), its first three layers the encoder, that sees 13x13 pixels: it
-    learns parts, not scenes. None if the loss stops being a number."""
+def autoencoder_scores(images: np.ndarray, masks: np.ndarray, seed: int = 0) -> np.ndarray | None:
+    """Return the sum, (N,), of robust z's of two signs of the strange; None if the training diverged.
+
+    Each is taken at an image's highest place: the log of the reconstruction error, and that of the distance
+    of latents, whitened by PCA, to their third neighbour.
+    """
+    small, rng = shrink(images), np.random.default_rng(seed)
+    x = torch.from_numpy((small - small.mean()) / (small.std() + 1))[:, None]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Conv2d(1, width, 5, 2, 2), nn.ReLU(), nn.Conv2d(width, latent, 5, 2, 2),
-                              nn.ConvTranspose2d(latent, width, 4, 2, 1), nn.ReLU(),
-                              nn.ConvTranspose2d(width, 1, 4, 2, 1)).to(images.device)
-    steps, rng = min(300, 2 * len(images)), np.random.default_rng(seed)
-    optimizer = torch.optim.Adam(model.parameters())
+        torch.manual_seed(seed)  # of the weights; the encoder sees 13×13 pixels: it learns parts, not scenes
+        encoder = nn.Sequential(nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 16, 5, 2, 2))
+        decoder = nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(),
+                                nn.ConvTranspose2d(16, 1, 4, 2, 1))
+    steps = min(300, 2 * len(x))
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
     for _ in range(steps):
-        batch = images[torch.from_numpy(rng.integers(len(images), size=64)).to(images.device)]
-        loss = F.mse_loss(model(batch), batch)
+        batch = x[rng.integers(len(x), size=64)]
+        loss = F.mse_loss(decoder(encoder(batch)), batch)
         if not torch.isfinite(loss):
             return None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-    return model.requires_grad_(False)
-
-
-def autoencoder_scores(images, masks, device="cpu", seed=0):
-    """Sum, (N,), of robust z's: of log reconstruction error and of the log distance of latents, whitened by
-    PCA, to their third neighbour, each at its highest place; None if training diverged."""
-    small, rng = shrink(images), np.random.default_rng(seed)
-    x = torch.from_numpy((small - small.mean()) / (small.std() + 1))[:, None].to(device)
-    # weigh by the labels: the rover is as strange as an intruder, but nobody labels it; precision .81 to 1.00
-    share = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None].to(device), 4)
-    model = train_autoencoder(x, seed)
-    if model is None:
-        return None
-    error = torch.cat([F.avg_pool2d((model(part) - part) ** 2, 4) for part in x.split(256)])
-    latents = torch.cat([model[:3](part) for part in x.split(256)]).permute(0, 2, 3, 1).flatten(0, 2)
-    latents = latents - latents.mean(0)
-    values, vectors = torch.linalg.eigh(latents.T @ latents / len(latents))
-    latents = latents @ (vectors[:, -12:] / values[-12:].clamp(min=1e-6).sqrt())
+    with torch.no_grad():
+        latents = torch.cat([encoder(part) for part in x.split(256)])
+        error = (torch.cat([decoder(part) for part in latents.split(256)]) - x) ** 2
+    flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    flat = flat - flat.mean(0)
+    values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+    flat = flat @ (vectors[:, -12:] / values[-12:].clamp(min=1e-6).sqrt())
     # a sample: among all latents an object pasted into 4 % of the images would find itself
-    bank = latents[torch.from_numpy(rng.permutation(len(latents))[:2048]).to(device)]
-    k = min(3, len(bank))
-    near = torch.cat([torch.cdist(z, bank).topk(k, largest=False)[0][:, -1] for z in latents.split(4096)])
-    parts = (error * share, near.view(share.shape) * share)
-    peaks = [F.avg_pool2d(part, 3, 1, 1).flatten(1).amax(1) for part in parts]
-    return sum(robust_z(np.log(peak.double().cpu().numpy() + 1e-6)) for peak in peaks)
+    bank = flat[np.random.default_rng(seed).permutation(len(flat))[:2048]]
+    third = min(3, len(bank))
+    near = torch.cat([torch.cdist(part, bank).kthvalue(third).values for part in flat.split(4096)])
+    # weigh by the labels: the rover is as strange as an intruder, but nobody labels it; precision .81 to 1.00
+    share = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None], 4)
+    signs = (F.avg_pool2d(error, 4) * share, near.view(share.shape) * share)
+    peaks = [F.avg_pool2d(sign, 3, 1, 1).flatten(1).amax(1) for sign in signs]
+    return sum(robust_z(np.log(peak.double().numpy() + 1e-6)) for peak in peaks)
 
 
-def find_outliers(images, masks, witnesses=("masks", "template", "autoencoder"), template=None, device="cpu",
-                  seed=0, log=print, num_classes=5):
-    """Images to take out: DataFrame of `index` (ascending), `reasons` (witnesses joined by "+"), scores.
+def find_outliers(images: np.ndarray, masks: np.ndarray, witnesses: tuple[str, ...] = WITNESSES,
+                  template: np.ndarray | None = None, seed: int = 0, log=print) -> pd.DataFrame:
+    """Return the images to take out: `index` (ascending), `reasons` (witnesses joined by "+"), scores.
 
-    Args: images, masks: uint8 (N,H,W); template: uint8 (h,w), an object to look for, or None: discovered.
-    Returns: mask_copies counts the images of one intricate mask, the other scores are robust z's; NaN where a
-    witness did not run or had nothing to go by. log() gets a sentence for that and for each cut refused.
-    Raises: UserError for a flat or too large template."""
-    def sane(what, cut):
-        lost = [c for c in range(num_classes) if (masks == c).any() and not (masks[~cut] == c).any()]
-        if cut.mean() <= MAX_SHARE and not lost:
+    A witness not asked, or with nothing to go by, scores NaN; log() gets a sentence for the latter and for
+    each cut refused. Args, Raises: see template_scores.
+    """
+    def sane(what: str, cut: np.ndarray) -> np.ndarray:
+        lost = np.setdiff1d(masks, masks[~cut])
+        if cut.mean() <= MAX_SHARE and not len(lost):
             return cut
-        whole = f" and the whole of class {lost[0]}" if lost else ""
+        whole = f" and the whole of class {lost[0]}" if len(lost) else ""
         log(f"cleaning: {what} would take out {cut.sum()} of {len(cut)} images{whole}: refused, all are kept")
         return np.zeros_like(cut)
 
-    taken, columns, suspects = {}, {}, np.zeros(len(images), bool)
+    found, suspects = pd.DataFrame({"index": range(len(images)), "reasons": ""}), np.zeros(len(images), bool)
     score = {"masks": lambda: mask_copies(images, masks),
-             "autoencoder": lambda: autoencoder_scores(images, masks, device, seed),
+             "autoencoder": lambda: autoencoder_scores(images, masks, seed),
              "template": lambda: template_scores(images, masks, suspects, template, seed)}
     for name, cut in CUTS.items():
-        scores = score[name]() if name in witnesses else np.full(len(images), np.nan)
+        scores = score[name]() if name in witnesses else np.nan
         if scores is None:
             log(f"cleaning: going on without the {name} witness: it diverged or found no template")
-            scores = np.full(len(images), np.nan)
-        columns[COLUMNS[name]], taken[name] = scores, sane(name, scores >= cut)
-        suspects = suspects | taken[name]
-    index = np.flatnonzero(sane("all witnesses", suspects))
-    reasons = ["+".join(name for name in taken if taken[name][i]) for i in index]
-    return pd.DataFrame({"index": index, "reasons": reasons} | {n: columns[n][index] for n in columns})
+        found[COLUMNS[name]] = np.nan if scores is None else scores
+        taken = sane(name, found[COLUMNS[name]].to_numpy() >= cut)
+        found.loc[taken, "reasons"] += f"+{name}"
+        suspects |= taken
+    found["reasons"] = found["reasons"].str[1:]
+    return found[sane("all witnesses", suspects)].reset_index(drop=True)
 
 
-def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: str,
-               seed: int) -> None:
+def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: str, seed: int) -> None:
     """Move the intruders from data.images to data.outlier_images; outliers.csv beside state says why.
 
     Decided once: a run that goes on must train on the same images.
@@ -455,10 +452,10 @@ def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: st
     file, start = state.parent / "outliers.csv", time.monotonic()
     decided = read_json(state / "cleaned.json")
     if not decided:
-        picture = cv2.imread(template, cv2.IMREAD_GRAYSCALE) if template else None
-        if template and picture is None:
-            raise UserError(f"--template {template}: not a picture that OpenCV can read")
-        found = find_outliers(data.images, data.masks, witnesses, picture, seed=seed)
+        example = cv2.imread(template, cv2.IMREAD_GRAYSCALE) if template else None
+        _refuse(f"--template {template}:",
+                (bool(template) and example is None, "not a picture that OpenCV can read"))
+        found = find_outliers(data.images, data.masks, witnesses, example, seed)
         with atomic_write(file) as f:
             f.write(found.to_csv(index=False).encode())
         decided = {"index": found["index"].tolist()}
