@@ -41,7 +41,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
-import scipy.sparse
+import scipy.sparse.csgraph
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -469,6 +469,7 @@ def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: st
 
 # ---------------------------------------------------------------------------------------- 3. frames
 
+CELL = 8  # pixels of a side of the cells in which frames are pooled
 _STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile to the right, left, below, above
 
 
@@ -582,7 +583,9 @@ def _links(tiles, vertical):
 
 
 def _assemble(n, links, limits, least):
-    """Neighbours, confidence (N, 4), by joining frames of up to `limits` (rows, columns), surest link first.
+    """Neighbours, confidence, (N, 4), and place, (3, N), as find_neighbours returns them.
+
+    Frames of up to `limits` (rows, columns) are joined, surest link first.
 
     A join's log-odds, the prior plus the log-ratios of all borders that come to touch, are at least `least`.
     """
@@ -593,7 +596,7 @@ def _assemble(n, links, limits, least):
                    for i, j, odds in zip(*(z[link[2] > -5].tolist() for z in link[:3]), strict=True))
     frames, places = [{(0, 0): t} for t in range(n)], {t: (t, 0, 0) for t in range(n)}
     neighbours, confidence = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
-    for wanted in [w for w in (12, 9, 6.5, 5, 4) if w > least] + [least, least]:
+    for wanted in (9, least, least):  # what waits may be sure once more tiles touch
         waiting = []
         for link in queue:
             _, axis, a, b = link
@@ -620,26 +623,15 @@ def _assemble(n, links, limits, least):
                 neighbours[t, side], neighbours[o, side ^ 1] = o, t
                 confidence[t, side] = confidence[o, side ^ 1] = 1 / (1 + math.exp(-odds))
         queue = waiting
-    return neighbours, confidence
-
-
-def place_frames(neighbours):
-    """Frame number, row and column of each tile, each int32 (N,), from `find_neighbours`' neighbours (N, 4).
-
-    Frames are numbered by their first tile; rows and columns count from 0 in each.
-    """
-    frame, row, column = np.full((3, len(neighbours)), -1, np.int32)
-    for first in range(len(neighbours)):
-        if frame[first] < 0:
-            frame[first], members = frame.max() + 1, [first]
-            for t in members:
-                for (dr, dc), o in zip(_STEPS, neighbours[t], strict=True):
-                    if o >= 0 and frame[o] < 0:
-                        frame[o], row[o], column[o] = frame[t], row[t] + dr, column[t] + dc
-                        members.append(o)
-            row[members] -= row[members].min()
-            column[members] -= column[members].min()
-    return frame, row, column
+    place = np.array([places[t] for t in range(n)], np.int32).T
+    for line in place[1:]:
+        first = np.zeros_like(line)
+        np.minimum.at(first, place[0], line)
+        line -= first[place[0]]
+    placed = (neighbours >= 0).any(1)
+    place[0, placed] = np.unique(place[0, placed], return_inverse=True)[1]
+    place[0, ~placed] = -1
+    return neighbours, confidence, place
 
 
 def find_neighbours(images, device="cpu", exclude=None):
@@ -647,77 +639,151 @@ def find_neighbours(images, device="cpu", exclude=None):
 
     Args: images uint8 (N, H, W), training tiles then test tiles; exclude bool (N,), tiles never to link.
     Returns: neighbours int32 (N, 4), the tile to the right, left, below, above or -1, each link in both
-        tiles' rows, a frame's tiles on one grid without overlap; confidence float32 (N, 4), 0 without a link.
+        tiles' rows; confidence float32 (N, 4), 0 without a link; place int32 (3, N), frame, row and column,
+        no two tiles in one place; frames are numbered from 0, a tile without a neighbour has frame -1.
     Source: border compatibility, greedy assembly: Gallagher 2012; likelihoods are fitted to the tiles.
     """
-    kept = np.arange(len(images)) if exclude is None else np.flatnonzero(~np.asarray(exclude, bool))
-    neighbours, confidence = np.full((len(images), 4), -1, np.int32), np.zeros((len(images), 4), np.float32)
+    n, kept = len(images), np.flatnonzero(~exclude) if exclude is not None else np.arange(len(images))
+    neighbours, confidence = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
+    place = np.repeat(np.array([[-1], [0], [0]], np.int32), n, 1)
     if len(kept) < 2 or min(images.shape[1:]) < 16:
-        return neighbours, confidence
+        return neighbours, confidence, place
     tiles = torch.from_numpy(images[kept]).to(device)
     links = [_links(tiles, vertical) for vertical in (False, True)]
-    found, _ = _assemble(len(kept), links, (8, 8), 6)
+    sure = _assemble(len(kept), links, (8, 8), 6)[2]
     # a frame's extent is what 98 % of the surely placed tiles keep to
-    limits = [1 + np.quantile(place, 0.98, method="higher") for place in place_frames(found)[1:]]
-    found, confidence[kept] = _assemble(len(kept), links, limits, 3.5)
+    limits = [1 + np.quantile(line, 0.98, method="higher") for line in sure[1:]]
+    found, confidence[kept], place[:, kept] = _assemble(len(kept), links, limits, 3.5)
     neighbours[kept] = np.where(found >= 0, kept[found], -1)
-    return neighbours, confidence
+    return neighbours, confidence, place
 
 
-def find_frames(data: Data) -> np.ndarray:
-    """Return frame, row, column (3, N + M) of training and test tiles; a tile alone is a frame of one."""
-    tiles, start = np.concatenate([data.images, data.test_images]), time.monotonic()
-    place = np.stack(place_frames(find_neighbours(tiles)[0]))
-    size = np.bincount(place[0])[place[0]]
-    print(f"frames: {len(tiles)} tiles, {100 * np.mean(size > 1):.0f} % of them put back into "
-          f"{len(np.unique(place[0][size > 1]))} frames, {time.monotonic() - start:.0f} s", flush=True)
-    return place
+def find_frames(data: Data, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return find_neighbours' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone."""
+    start = time.monotonic()
+    neighbours, _, place = find_neighbours(np.concatenate([data.images, data.test_images]), device)
+    print(f"frames: {place.shape[1]} tiles, {100 * np.mean(place[0] >= 0):.0f} % of them put back into "
+          f"{place[0].max() + 1} frames, {time.monotonic() - start:.0f} s", flush=True)
+    return neighbours, place if place[0].max() >= 0 else None
 
 
-def frame_weights(place: np.ndarray, reach: float) -> scipy.sparse.csr_matrix:
-    """Return how much tile j says of tile i, sparse (T, T): exp(-steps / reach) within a frame, 0 on itself.
+def known_neighbours(neighbours: np.ndarray, fold_of: np.ndarray) -> dict[str, float]:
+    """Return the share of neighbours found whose label may be seen, at validation and at test time."""
+    train, test = neighbours[:len(fold_of)], neighbours[len(fold_of):]
+    folds = np.append(fold_of, np.full(len(test), -2))  # a test tile has no label to show
+    seen = (train >= 0) & (train < len(fold_of)) & (folds[train] != fold_of[:, None])
+    shown = (test >= 0) & (test < len(fold_of))
+    return {"validation": float(seen.sum() / max(1, (train >= 0).sum())),
+            "test": float(shown.sum() / max(1, (test >= 0).sum()))}
 
-    Args: place, frame, row and column of each tile (3, T); reach, in tiles.
+
+def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return the frames of tiles (T, C, h, w), as (F, C, rows, h, columns, w), 0 where no tile is."""
+    frame, row, column = place[:, place[0] >= 0]
+    _, c, h, w = tiles.shape
+    canvas = np.zeros((frame.max() + 1, c, row.max() + 1, h, column.max() + 1, w), tiles.dtype)
+    canvas[frame, :, row, :, column] = tiles[place[0] >= 0]
+    return canvas
+
+
+def pool_frames(cells: np.ndarray, place: np.ndarray, reach: float) -> np.ndarray:
+    """Return for each cell of each tile the mean of cells (T, C, h, w) of its frame's other tiles near it.
+
+    Weights fall as exp(-distance / reach), in cells, down, half as fast across: ground is foreshortened.
+    They sum to 1 over endless ground, to less where tiles are missing. float32 (T, C, h, w).
     """
-    tiles = np.arange(place.shape[1])
-    member = scipy.sparse.csr_matrix((np.ones(len(tiles)), (tiles, place[0])))  # (T, frames)
-    i, j = (member @ member.T).nonzero()
-    steps = np.abs(place[1:, i] - place[1:, j]).sum(0)
-    values, apart = np.exp(-steps / reach), steps > 0
-    return scipy.sparse.csr_matrix((values[apart], (i[apart], j[apart])), shape=2 * (len(tiles),))
+    def weights(n: int, reach: float) -> np.ndarray:
+        apart = np.abs(np.arange(n)[:, None] - np.arange(n))
+        return (np.exp(-apart / reach) * np.tanh(0.5 / reach)).astype(np.float32)
+
+    canvas, inside, (_, _, h, w) = frame_canvas(cells, place), place[0] >= 0, cells.shape
+    shape = (*canvas.shape[:2], canvas.shape[2] * h, -1)
+    flat = canvas.reshape(shape)
+    flat = weights(flat.shape[2], reach) @ flat @ weights(flat.shape[3], 2 * reach)
+    frame, row, column = place[:, inside]
+    pooled = np.zeros(cells.shape, np.float32)
+    pooled[inside] = flat.reshape(canvas.shape)[frame, :, row, :, column]
+    pooled[inside] -= weights(h, reach) @ cells[inside] @ weights(w, 2 * reach)  # not of itself
+    return pooled.clip(0)
 
 
-def frame_log_ratio(weights: scipy.sparse.csr_matrix, said: np.ndarray, masks: np.ndarray,
-                    hidden: np.ndarray, first_class: int) -> np.ndarray:
-    """Return what frames say of their tiles: log-ratios of classes to their overall shares, float32 (T, C).
+def to_cells(shares: np.ndarray) -> np.ndarray:
+    """Return the means of shares (T, C, H, W) over cells of about CELL × CELL pixels, float32."""
+    size = [max(1, round(n / CELL)) for n in shares.shape[2:]]
+    parts = np.array_split(shares, len(shares) // 256 + 1)  # bounded memory: pooling wants floats
+    return np.concatenate([F.adaptive_avg_pool2d(torch.from_numpy(p).float(), size).numpy() for p in parts])
 
-    The other tiles of a frame speak, near ones louder: with their labels where these are known, elsewhere
-    with what was said of them, at 0.3 of the weight. The overall shares count as a tenth of a neighbour, so
-    that few witnesses say little. Rare classes are left alone: a rock says nothing of the next tile.
 
-    Args: weights of frame_weights; said, mean probabilities (T, C); masks (N, H, W), of the first N tiles;
-    hidden, bool (N,), whose labels may not be seen.
+def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, mute: np.ndarray,
+                 place: np.ndarray, reach: float) -> np.ndarray:
+    """Return what frames say of their tiles' cells: log-ratios of classes to their overall shares.
+
+    By the labels of a frame's other tiles, and by the predictions of those whose label is not known. The
+    overall shares count as a little ground nearby, so that few witnesses say little.
+
+    Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
+    predicted; hidden, bool (N,), whose labels may not be seen; mute, bool (C,), classes of which nothing is
+    said; place, (3, T) of find_frames; reach of pool_frames.
+    Returns: float32 (2, T, C, h, w), by labels and by predictions.
     """
-    known = np.flatnonzero(~hidden)
-    shares = 0.3 * said
-    shares[known] = np.stack([(masks[known] == c).mean((1, 2)) for c in range(NUM_CLASSES)], 1)
-    shares[:, :first_class] = 0
-    base = shares[known].sum(0) / max(shares[known].sum(), 1e-6)
-    pooled = weights @ shares + 0.1 * base
-    pooled /= np.maximum(pooled.sum(1, keepdims=True), 1e-6)
-    ratio = np.log(np.maximum(pooled, 1e-6) / np.maximum(base, 1e-6))
-    ratio[:, rare_classes(masks)] = 0
-    ratio[:, :first_class] = 0
-    return ratio.astype(np.float32)
+    known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
+    known[seen], guessed[seen] = truth[seen], 0
+    known[:, 0], guessed[:, 0] = 0, 0
+    base = known.sum((0, 2, 3))[:, None, None]
+    base = base / max(base.sum(), 1) + 1e-6
+    pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)])
+    ratios = np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
+    ratios[:, :, mute] = 0
+    return ratios
+
+
+def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray, fold_of: np.ndarray,
+                   place: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return, for each fold, what frames say of the training and of the test tiles: what to add to their
+    log-probabilities, float32 (N, C, h, w) and (M, C, h, w). Empty lists where nothing helps.
+
+    For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
+    appears nowhere. For test tiles all labels are known. Reach and strengths are the best out of fold.
+
+    Args: probs, out of fold, in 1/255, uint8 (N, C, H, W); said, each fold's predicted shares of cells,
+    (N + M, C, h, w), see frame_ratios; masks (N, H, W); fold_of (N,); place (3, N + M).
+    """
+    n, scored = len(masks), fold_of >= 0
+    truth = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1))
+    mute = rare_classes(masks) | (np.arange(NUM_CLASSES) == 0)  # a rock says nothing of the next tile
+    small, small_truth = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4]
+
+    def evidence(reach: float, fold: int, shown: bool) -> np.ndarray:
+        return frame_ratios(truth, said[fold], (fold_of == fold) & (not shown), mute, place, reach)
+
+    best = 0.0, 0, (0.0, 0.0)
+    for reach in (4, 6, 9):
+        own = np.stack([evidence(reach, fold, False)[:, :n] for fold in range(len(said))])
+        own = own[fold_of.clip(0), :, np.arange(n)][scored]
+        for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
+            pred = reweigh(small, np.einsum("ij...,j->i...", own, np.float32(strengths)), 1).argmax(1)
+            best = max(best, (iou_scores(confusion_matrix(small_truth, pred))[0], reach, strengths))
+    miou, reach, strengths = best
+    print(f"frames: of reach {reach} cells, strength of labels and predictions {strengths}: out of fold "
+          f"{miou:.4f} on a part of the pixels", flush=True)
+    if not any(strengths):
+        return [], []
+    known, test = ([np.tensordot(np.float32(strengths), evidence(reach, fold, shown), 1)
+                    for fold in range(len(said))] for shown in (False, True))
+    return [ratio[:n] for ratio in known], [ratio[n:] for ratio in test]
 
 
 def reweigh(probs: np.ndarray, log_ratio: np.ndarray, first_class: int) -> np.ndarray:
-    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(log_ratio (B, C)), normalised again."""
+    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(log_ratio), normalised again.
+
+    Shape: log_ratio (B, C, h, w) float32 of any coarser grid.
+    """
     out = np.zeros_like(probs)
     for i in range(0, len(probs), 256):  # bounded memory: a float copy of all is four times as large
-        part = np.maximum(probs[i:i + 256, first_class:], np.float32(0.5))
-        part *= np.exp(log_ratio[i:i + 256, first_class:, None, None], dtype=np.float32)
-        out[i:i + 256, first_class:] = np.rint(part * (255 / part.sum(1, keepdims=True)))
+        fine = F.interpolate(torch.from_numpy(log_ratio[i:i + 256, first_class:]), probs.shape[2:],
+                             mode="bilinear").exp_().numpy()
+        fine *= np.maximum(probs[i:i + 256, first_class:], np.float32(0.5))
+        out[i:i + 256, first_class:] = np.rint(fine * (255 / fine.sum(1, keepdims=True)))
     return out
 
 
@@ -730,18 +796,26 @@ def rare_classes(masks: np.ndarray) -> np.ndarray:
     return (counts > 0) & (counts < 0.02 * counts.sum())
 
 
-def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
+               frame: np.ndarray | None = None) -> np.ndarray:
     """Return the fold of each image, int (N,); fold k validates the network trained on all others.
 
     Stratified by "holds a rare class" and by dominant class, because 6 rock images in a validation set decide
-    nothing. Equal images share a fold. folds = 1 is one split: every 7th image (14.3 %) is fold 0, the rest
-    are -1. Raises UserError if there are fewer different images than folds.
+    nothing. Equal images share a fold, and so do those of one frame, if their frames (N,), -1 for none, are
+    given. folds = 1 is one split: every 7th image (14.3 %) is fold 0, the rest are -1. Raises UserError if
+    there are fewer different images than folds.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, 7]))
     counts = np.stack([(masks == c).sum((1, 2)) for c in range(NUM_CLASSES)], 1)
     stratum = counts.argmax(1) + NUM_CLASSES * (counts[:, rare_classes(masks)] > 0).any(1)
     flat = images.reshape(len(images), -1)
-    _, first, group = np.unique(flat, axis=0, return_index=True, return_inverse=True)
+    group = np.unique(flat, axis=0, return_inverse=True)[1].ravel()
+    if frame is not None:
+        n, tiles = len(images), np.arange(len(images))
+        ties = np.append(tiles, tiles[frame >= 0]), np.append(n + group, 2 * n + frame[frame >= 0])
+        graph = scipy.sparse.coo_matrix((np.ones(len(ties[0])), ties), (3 * n, 3 * n))
+        group = scipy.sparse.csgraph.connected_components(graph, False)[1][:n]
+    _, first, group = np.unique(group, return_index=True, return_inverse=True)
     if len(first) < max(2, folds):
         raise UserError(f"--folds {folds}: the training set has only {len(first)} different images")
     order = rng.permutation(first)  # one image stands for its copies
@@ -750,7 +824,7 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> 
     fold_of[order] = np.arange(len(order)) % (folds if folds > 1 else 7)
     if folds == 1:
         fold_of[fold_of > 0] = -1
-    return fold_of[first[group.ravel()]]
+    return fold_of[first[group]]
 
 
 # ---------------------------------------------------------------------------------------- 5. augmentation
@@ -1020,9 +1094,11 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
         return torch.device("cpu"), f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
 
 
-def pick_precision(device: torch.device) -> tuple[torch.dtype, str]:
+def pick_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
     """Return the autocast type and the reason: by capability on a GPU (a T4 only emulates bf16, whatever
     is_bf16_supported() says), by a timed convolution on a CPU."""
+    if name != "auto":
+        return getattr(torch, name), "as asked for or as begun"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         dtype = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
@@ -1290,14 +1366,34 @@ def curves(title: str, lines: list[list[float]]) -> str:
             f"<figcaption>{title}: {low:.3f} to {high:.3f}, {epochs} epochs{names}</figcaption></figure>")
 
 
+def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: np.ndarray) -> list[str]:
+    """Return rows of pictures of the six largest frames: image, known labels, predictions.
+
+    Args: place, of find_frames; labels out of fold, uint8 (N, H, W), and of the test tiles, (M, H, W).
+    """
+    nothing = np.zeros_like(data.test_images)
+    tiles = np.stack([np.concatenate(pair) for pair in (
+        (data.images, data.test_images), (data.masks, nothing), (labels, test_labels))], 1)
+    rows = []
+    for frame in np.bincount(place[0, place[0] >= 0]).argsort(kind="stable")[:-7:-1]:
+        inside = place[0] == frame
+        canvas = frame_canvas(tiles[inside], place[:, inside] - [[frame], [0], [0]])[0]
+        image, truth, pred = canvas.reshape(3, canvas.shape[1] * canvas.shape[2], -1)
+        row = {"image": image, "known labels": PALETTE[truth], "prediction": PALETTE[pred]}
+        rows.append(pictures(f"frame {frame}, {inside.sum()} tiles: {', '.join(row)}", row, 1))
+    return rows
+
+
 def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
-                 labels: list[np.ndarray], confidence: np.ndarray) -> None:
+                 labels: dict[str, np.ndarray], confidence: np.ndarray, place: np.ndarray | None,
+                 test_labels: np.ndarray | None) -> None:
     """Write out/report.html, one file that needs no network.
 
     Args: metrics, what metrics.json holds; histories, (stage, fold) → list of epochs; facts, anything to
-    list at the end; validated, bool (N,); each stage's out-of-fold labels and confidence, uint8 (N, H, W).
+    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the last one's
+    confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
     """
-    stages = [f"stage{i}" for i in (1, 2) if f"stage{i}_miou" in metrics]
+    stages = [*labels]
     header = ["mean IoU (competition)", "± over folds", "mean IoU (paper, with background)", *CLASSES]
     scores = [[*(metrics[f"{s}_{name}"] for name in ("miou", "fold_std", "paper_miou")), *metrics[f"{s}_iou"]]
               for s in stages]
@@ -1305,10 +1401,10 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     if "test_miou" in metrics:
         parts.append(f"<p>Test labels were in the file: mean IoU <b>{metrics['test_miou']:.4f}</b>.</p>")
     parts.append("<h2>Training</h2>")
-    for i, s in enumerate(stages, 1):
-        folds = [histories[key] for key in sorted(histories) if key[0] == i]
+    for stage in sorted({stage for stage, _ in histories}):
+        folds = [histories[key] for key in sorted(histories) if key[0] == stage]
         for name, title in (("score", "validation mean IoU"), ("loss", "training loss")):
-            parts.append(curves(f"{s}, {title}", [[epoch[name] for epoch in fold] for fold in folds]))
+            parts.append(curves(f"stage {stage}, {title}", [[epoch[name] for epoch in f] for f in folds]))
     parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
     for s in stages:
         counts = pd.DataFrame(metrics[f"{s}_confusion"], CLASSES, CLASSES)
@@ -1317,18 +1413,25 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     parts += [f'<i style="background:rgb{tuple(color)}"></i>{name}'
               for name, color in zip(CLASSES, PALETTE.tolist(), strict=True)]
     known = data.masks > 0
-    right = ((data.masks == labels[-1]) & known).sum((1, 2)) / known.sum((1, 2)).clip(1)
+    right = ((data.masks == labels[stages[-1]]) & known).sum((1, 2)) / known.sum((1, 2)).clip(1)
     order = np.argsort(right, kind="stable")
     order = order[(validated & (known.mean((1, 2)) > 0.25))[order]]
     middle, rock = len(order) // 2, np.flatnonzero(validated & (data.masks == NUM_CLASSES - 1).any((1, 2)))
     shown = {"best": order[-3:], "median": order[middle:middle + 3], "worst": order[:3], "big rock": rock[:6]}
     for kind, n in ((kind, n) for kind, index in shown.items() for n in index):
         row = {"image": data.images[n], "truth": PALETTE[data.masks[n]],
-               **{s: PALETTE[stage[n]] for s, stage in zip(stages, labels, strict=True)},
+               **{name: PALETTE[masks[n]] for name, masks in labels.items()},
                "confidence": confidence[n]}
         parts.append(pictures(f"{kind}, accuracy {right[n]:.2f}: {', '.join(row)}", row))
+    if place is not None and test_labels is not None:
+        parts.append("<h2>Camera frames, put back together</h2>")
+        if "known_neighbours" in metrics:
+            shares = {k: f"{100 * v:.0f} %" for k, v in metrics["known_neighbours"].items()}
+            parts.append(f"<p>Neighbours whose label is known: {shares['validation']} at validation, "
+                         f"{shares['test']} at test time.</p>")
+        parts += show_frames(data, place, labels[metrics["submitted"]], test_labels)
     parts.append(f"<h2>Intruders: {len(data.outlier_images)} training images taken out</h2>")
-    if len(data.outlier_images):
+    if len(data.outlier_images) and (out / "outliers.csv").exists():
         found = pd.read_csv(out / "outliers.csv")
         parts += [pictures(f"{i}: {reasons}", {"intruder": image}, 1) for i, reasons, image in zip(
             found["index"], found["reasons"], data.outlier_images[:60], strict=False)]

@@ -47,6 +47,7 @@ class Config:
                             lambda value: set(value.split(",")) <= set(lib.WITNESSES))
     template: str = option("", "picture of an intruder, instead of the one discovered")
     frames: bool = option(True, "don't put the camera frames back together")
+    group_frames: bool = option(False, "no frame is in two folds: scores what new frames would get")
     # engine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
@@ -60,13 +61,13 @@ class Config:
     batch_size: int = option(32, "images a step", lambda value: value > 0)
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    alpha: float = option(1.0, "focal loss: factor α", lambda v: 0 < v < 1e6)
     rare_weight: float = option(2.0, "loss weight of classes under 2 %% of the pixels", lambda v: 0 < v < 1e6)
     rare_repeat: int = option(4, "how often an epoch shows images that hold such a class", lambda v: v > 0)
     paste: float = option(0.25, "share of images that get patches of such a class", lambda v: 0 <= v <= 1)
     patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
+    alpha: float = 1.0            # factor of the focal loss
     second_lr: float = 0.25       # stage 2's rate, as a share of lr: it must not shake its prior
     first_class: int = 1          # 0: background too is learnt and predicted; 1: ignored, never predicted
     refine: str = "correct"       # stage 2 corrects stage 1's log-probabilities, or fills in its "background"
@@ -114,7 +115,8 @@ class Run:
     loss_args: dict             # of lib.focal_loss
     plan: dict = field(default_factory=dict)
     fold_of: np.ndarray | None = None
-    place: np.ndarray | None = None  # (3, N + M): frame, row, column of the training and test tiles
+    neighbours: np.ndarray | None = None  # (N + M, 4) of training and test tiles
+    place: np.ndarray | None = None       # (3, N + M): their frame, row and column
     histories: dict = field(default_factory=dict)  # (stage, fold) → list of epochs, for the report
 
     @property
@@ -384,34 +386,14 @@ def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarr
     return probs
 
 
-def frame_evidence(run: Run, models: list[lib.UNet], probs: np.ndarray) -> tuple[list, list]:
-    """Return, for each fold, what frames say of the training (N, C) and the test tiles (M, C): log-ratios.
-
-    For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
-    appears nowhere. For test tiles all labels are known. Strength and reach are the best out of fold.
-    """
-    n, first, masks = len(run.images), run.cfg.first_class, run.data.masks
-    if run.place is None:
-        return tuple([np.zeros((len(x), NUM_CLASSES))] * run.folds for x in (run.images, run.test_images))
-    test = [predict(run, model, View(run.test_images), tta=False) for model in models]
-    said = [np.concatenate([probs.mean((2, 3)), p.mean((2, 3))]) / 255 for p in test]
-    small, truth, scored = probs[..., ::4, ::4], masks[:, ::4, ::4], run.fold_of >= 0
-    best = None
-    for reach in (1.0, 2.0, 4.0, 8.0):
-        weights = lib.frame_weights(run.place, reach)
-        hidden = [lib.frame_log_ratio(weights, one, masks, run.fold_of == k, first)
-                  for k, one in enumerate(said)]
-        own = np.stack(hidden)[run.fold_of.clip(0), np.arange(n)]  # the labels of a tile's own fold hidden
-        for strength in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5):
-            pred = lib.reweigh(small, strength * own, first)[scored].argmax(1)
-            miou = lib.iou_scores(lib.confusion_matrix(truth[scored], pred))[0]
-            if best is None or miou > best[0]:
-                best = miou, strength, reach, [strength * ratio[:n] for ratio in hidden]
-    miou, strength, reach, known = best
-    print(f"frames: evidence reaches {reach:g} tiles, strength {strength:g}: out of fold {miou:.4f} before "
-          "stage 2", flush=True)
-    weights, none = lib.frame_weights(run.place, reach), np.zeros(n, bool)
-    return known, [strength * lib.frame_log_ratio(weights, one, masks, none, first)[n:] for one in said]
+def predicted_cells(run: Run, models: list[lib.UNet], probs: np.ndarray) -> list[np.ndarray]:
+    """Return each fold's predicted class shares, float32 (N + M, C, h, w): out of fold of the training tiles,
+    and of the test tiles by the fold's network."""
+    ours = lib.to_cells(probs) / 255
+    if not len(run.test_images):
+        return [ours] * run.folds
+    test = (predict(run, model, View(run.test_images), tta=False) for model in models)
+    return [np.concatenate([ours, lib.to_cells(one) / 255]) for one in test]
 
 
 def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -> np.ndarray:
@@ -423,37 +405,30 @@ def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -
     return lib.clean_masks(labels)
 
 
-def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, log_ratio: np.ndarray) -> View:
+def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, ratio: np.ndarray | None) -> View:
     """Return stage 2's view of images, given stage 1's probabilities there and what the frames say."""
-    probs = lib.reweigh(probs, log_ratio, run.cfg.first_class) if log_ratio.any() else probs
+    probs = probs if ratio is None else lib.reweigh(probs, ratio, run.cfg.first_class)
     cleaned = torch.from_numpy(final_masks(run, probs)).to(run.device)
     return View(images, torch.from_numpy(probs).to(run.device), cleaned)
 
 
-def predict_test(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarray],
-                 chunk: int = 1000) -> tuple[list[np.ndarray], float]:
-    """Return the test labels of each stage, uint8 (M, H, W), and the last stage's mean confidence.
+def predict_test(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
+                 part: slice) -> dict[str, np.ndarray]:
+    """Return step → probabilities of a part of the test images, summed over the folds, uint16 (B, C, H, W).
 
-    Each second network corrects the first of its own fold; the mean is taken last. Chunks bound the memory.
+    Each second network corrects the first of its own fold; the mean is taken last.
     """
-    labels: list[list[np.ndarray]] = [[] for _ in stages]
-    confidence = []
-    for start in range(0, len(run.data.test_images), chunk):
-        images = run.test_images[start:start + chunk]
-        sums = [np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16) for _ in stages]
-        for fold, networks in enumerate(zip(*stages, strict=True)):
-            view = View(images)
-            for i, model in enumerate(networks):
-                probs = predict(run, model, view)
-                sums[i] += probs
-                if i + 1 < len(networks):
-                    view = second_view(run, images, probs, evidence[fold][start:start + chunk])
-        previous = None
-        for stage, total in zip(labels, sums, strict=True):
-            previous = final_masks(run, total, previous)
-            stage.append(previous)
-        confidence.append(sums[-1].max(1).mean() / (255 * len(stages[-1])))
-    return [np.concatenate(stage) for stage in labels], float(np.mean(confidence))
+    images, sums = run.test_images[part], {}
+    for fold, networks in enumerate(zip(*stages, strict=True)):
+        said = {"stage1": predict(run, networks[0], View(images))}
+        view = second_view(run, images, said["stage1"], ratios[fold][part] if ratios else None)
+        if ratios:
+            said["frames"] = view.probs.cpu().numpy()
+        if len(networks) == 2:
+            said["stage2"] = predict(run, networks[1], view)
+        for name, probs in said.items():
+            sums[name] = sums.get(name, np.uint16(0)) + probs
+    return sums
 
 
 # ---------------------------------------------------------------------------------------- the whole run
@@ -478,14 +453,11 @@ def open_run(cfg: Config) -> Run:
     device, why = lib.pick_device(cfg.device)
     plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
     torch.set_num_threads(plan.get("threads") or lib.pick_threads())
-    if plan or cfg.precision != "auto":
-        dtype, why_dtype = getattr(torch, plan.get("precision", cfg.precision)), "as asked for or as begun"
-    else:
-        dtype, why_dtype = lib.pick_precision(device)
+    dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})", flush=True)
     if cfg.clean:
         lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
-    place = lib.find_frames(data) if cfg.frames else None
+    neighbours, place = lib.find_frames(data, device) if cfg.frames else (None, None)
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
     weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
@@ -494,8 +466,9 @@ def open_run(cfg: Config) -> Run:
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
-    run.plan, run.place = plan, place
-    run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed)
+    run.plan, run.neighbours, run.place = plan, neighbours, place
+    frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
+    run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
     seconds = plan["folds"] * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + plan["predict_seconds"]
     print(f"plan: {plan['folds']} folds, width {plan['width']}, at most {plan['epochs'][0]} + "
           f"{plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training images/s: "
@@ -507,62 +480,88 @@ def solve(cfg: Config) -> dict:
     """Run everything and return the metrics that metrics.json holds."""
     run = open_run(cfg)
     end = 0.97 * run.clock.limit - run.plan["predict_seconds"]
-    share = run.plan["epochs"][0] / sum(run.plan["epochs"])
-    views, targets, evidence = [View(run.images)] * run.folds, run.masks, []
-    stages, labels, metrics = [], [], {"recipe": cfg.recipe, **{
-        k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
-    for stage in (1, 2) if run.plan["epochs"][1] else (1,):
-        used = run.clock.used()
-        models = train_stage(run, stage, views, targets, used + (end - used) * (share if stage == 1 else 1))
-        if stage == 2 and len(models) < run.folds:
-            break
-        probs = out_of_fold(run, models, views)
-        stages.append(models)
-        labels.append(final_masks(run, probs, labels[-1] if labels else None))
-        result = lib.fold_scores(run.data.masks, labels[-1], run.fold_of, len(models))
-        metrics |= {f"stage{stage}_{k}": v for k, v in result.items()}
-        print(f"stage {stage} out of fold: {result['miou']:.4f} ± {result['fold_std']:.4f} mean IoU,"
-              f" the paper's {result['paper_miou']:.4f}; IoU {np.round(result['iou'][1:], 3)}", flush=True)
-        if len(models) < run.folds:
-            break
-        if stage == 1 and run.plan["epochs"][1]:
-            known, evidence = frame_evidence(run, models, probs)
-            views = [second_view(run, run.images, probs, ratio) for ratio in known]
-            if cfg.refine == "background":
-                targets = torch.where(views[0].cleaned == 0, run.masks, -1)
-    if cfg.refine == "correct" and metrics.get("stage2_miou", 1) < metrics["stage1_miou"]:
-        print("stage 2 is below stage 1 out of fold: stage 1 is submitted")
-        stages.pop()
-    metrics["submitted_stage"] = len(stages)
-    if len(run.test_images):
-        write_outputs(run, stages, evidence, metrics)
+    used, share = run.clock.used(), run.plan["epochs"][0] / sum(run.plan["epochs"])
+    metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
+    views, labels, known, ratios = [View(run.images)] * run.folds, {}, [], []
+    stages = [train_stage(run, 1, views, run.masks, used + (end - used) * share)]
+    probs = out_of_fold(run, stages[0], views)
+    labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
+    complete = len(stages[0]) == run.folds
+    if complete and run.place is not None:
+        metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
+        said = predicted_cells(run, stages[0], probs)
+        known, ratios = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
+    if complete and (known or cfg.stages == 2):
+        views = [second_view(run, run.images, probs, ratio) for ratio in known or [None] * run.folds]
+    if known:
+        for fold, view in enumerate(views):
+            probs[run.fold_of == fold] = view.probs[run.index(run.fold_of == fold)].cpu().numpy()
+        labels["frames"] = score(run, "frames", probs, metrics, run.folds)
+    if complete and cfg.stages == 2:
+        targets = run.masks
+        if cfg.refine == "background":
+            targets = torch.where(views[0].cleaned == 0, targets, -1)
+        models = train_stage(run, 2, views, targets, end)
+        if len(models) == run.folds:
+            stages.append(models)
+            probs = out_of_fold(run, models, views)
+            labels["stage2"] = score(run, "stage2", probs, metrics, run.folds, labels["stage1"])
+    # the published system always submits its second stage
+    best = max(labels, key=lambda name: metrics[f"{name}_miou"]) if cfg.refine == "correct" else [*labels][-1]
+    metrics["submitted"] = best
+    test_labels = write_outputs(run, stages, ratios, metrics) if len(run.test_images) else None
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.state.parent / "metrics.json", metrics)
-    shown = np.isin(run.fold_of, range(len(metrics["stage1_fold_miou"])))  # the validated images
+    shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
     facts = {**lib.fingerprint(run.data), **dataclasses.asdict(cfg), **run.plan, "device": run.device}
-    lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels, probs.max(1))
-    for name in ("submission.csv", "submission.zip", "report.html", "metrics.json", "outliers.csv"):
-        if (run.state.parent / name).exists():
-            print(f"written: {run.state.parent / name}")
+    lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels, probs.max(1),
+                     run.place, test_labels)
+    for file in sorted(run.state.parent.glob("*.*")):
+        print(f"written: {file}")
     return metrics
 
 
-def write_outputs(run: Run, stages: list[list[lib.UNet]], evidence: list[np.ndarray], metrics: dict) -> None:
-    """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known."""
-    labels, metrics["test_confidence"] = predict_test(run, stages, evidence)
-    file = run.state.parent / "submission.csv"
-    lib.write_submission(file, labels[-1])
-    read = lib.check_submission(file, len(labels[-1]), labels[-1][0].size, run.cfg.first_class)
-    if not np.array_equal(read, labels[-1].reshape(read.shape)):
+def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
+          first: np.ndarray | None = None) -> np.ndarray:
+    """Return the labels of out-of-fold probs; their scores, of the folds trained, go into metrics."""
+    labels = final_masks(run, probs, first)
+    result = lib.fold_scores(run.data.masks, labels, run.fold_of, folds)
+    metrics |= {f"{name}_{key}": value for key, value in result.items()}
+    print(f"{name} out of fold: {result['miou']:.4f} ± {result['fold_std']:.4f} mean IoU, the paper's "
+          f"{result['paper_miou']:.4f}; IoU {np.round(result['iou'][1:], 3)}", flush=True)
+    return labels
+
+
+def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
+                  metrics: dict) -> np.ndarray:
+    """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known.
+
+    Returns the labels submitted, uint8 (M, H, W).
+    """
+    file, parts, sure = run.state.parent / "submission.csv", {}, []
+    for start in range(0, len(run.test_images), 1000):  # bounded memory
+        for name, sums in predict_test(run, stages, ratios, slice(start, start + 1000)).items():
+            first = parts["stage1"][-1] if name == "stage2" else None
+            parts.setdefault(name, []).append(final_masks(run, sums, first))
+            if name == metrics["submitted"]:
+                sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
+    labels = {name: np.concatenate(masks) for name, masks in parts.items()}
+    best = labels[metrics["submitted"]]
+    lib.write_submission(file, best)
+    read = lib.check_submission(file, len(best), best[0].size, run.cfg.first_class)
+    if not np.array_equal(read, best.reshape(read.shape)):
         raise UserError(f"{file}: what was read back is not what was written; check the disk")
     lib.zip_file(file)
-    counts = np.bincount(read.ravel(), minlength=NUM_CLASSES)
-    metrics["test_shares"] = (counts / read.size).round(5).tolist()
-    print(f"submission: {file}, {len(read)} rows, checked")
+    print(f"submission: {file}, {len(best)} rows, checked")
+    counts = np.bincount(best.ravel(), minlength=NUM_CLASSES)
+    metrics |= {"test_shares": (counts / best.size).round(5).tolist(),
+                "test_confidence": float(np.concatenate(sure).mean())}
     if run.data.test_labels is not None:
-        for i, stage in enumerate(labels, 1):
-            miou, iou = lib.iou_scores(lib.confusion_matrix(run.data.test_labels, stage))
-            metrics |= {f"test_stage{i}_miou": miou, "test_miou": miou, "test_iou": iou.tolist()}
+        for name, masks in labels.items():
+            miou, iou = lib.iou_scores(lib.confusion_matrix(run.data.test_labels, masks))
+            metrics |= {f"test_{name}_miou": miou, f"test_{name}_iou": iou.tolist()}
+        metrics["test_miou"] = metrics[f"test_{metrics['submitted']}_miou"]
+    return best
 
 
 def main(argv: list[str]) -> int:

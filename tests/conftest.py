@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the subprocesses too
+os.environ["OMP_NUM_THREADS"] = "1"  # of the subprocesses too: other threads, other last bits
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -1,72 +1,219 @@
-"""What the frames say: weights, pooled evidence, and that no hidden label is heard."""
+"""What the frames say: canvases, pooled evidence, and that no hidden label is heard."""
+import json
+
+import ablation
 import numpy as np
 import pytest
+from test_frames import cut_frames
 
 import lib
+import solve
 
-PLACE = np.array([[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]])  # a corner of three tiles, and one tile alone
-
-
-def tiles(labels):
-    """Return masks (N, 4, 4), each of one label."""
-    return np.repeat(np.array(labels, np.uint8), 16).reshape(-1, 4, 4)
+PLACE = np.array([[0, 0, 0, -1], [0, 0, 1, 0], [0, 1, 0, 0]])  # a corner of three tiles, and one tile alone
 
 
-def test_weights_fall_with_the_steps_and_end_at_the_frame():
-    """exp(-steps / reach) inside a frame, 0 on the tile itself and between frames."""
-    weights = lib.frame_weights(PLACE, 2.0).toarray()
-    near, far = np.exp(-0.5), np.exp(-1.0)
-    expected = [[0, near, near, 0], [near, 0, far, 0], [near, far, 0, 0], [0, 0, 0, 0]]
-    np.testing.assert_allclose(weights, expected)
+def cells(*labels):
+    """Return class shares (T, 5, 2, 4) of tiles, each of one label; all 0 for label 0."""
+    shares = np.zeros((len(labels), 5, 2, 4), np.float32)
+    for tile, label in zip(shares, labels, strict=True):
+        tile[label] = label > 0
+    return shares
+
+
+def draw(seed=0, frames=4):
+    """Return place, masks' cells and predicted cells of `frames` frames of 2 × 3 tiles; the last is test."""
+    rng = np.random.default_rng(seed)
+    n = 6 * frames
+    place = np.stack([np.repeat(np.arange(frames), 6), np.tile([0, 0, 0, 1, 1, 1], frames),
+                      np.tile([0, 1, 2], 2 * frames)])
+    said = rng.dirichlet(np.ones(5), (n, 2, 4)).transpose(0, 3, 1, 2).astype(np.float32)
+    truth = cells(*rng.integers(1, 5, n - 6))
+    return place, truth, said
+
+
+def test_canvas_puts_tiles_where_they_lie():
+    """Row-major frames of equal extent, 0 where no tile is; a tile alone is on none."""
+    tiles = np.arange(1, 5)[:, None, None, None] * np.ones((4, 1, 2, 3), np.int64)
+    canvas = lib.frame_canvas(tiles, PLACE)
+    assert canvas.shape == (1, 1, 2, 2, 2, 3)
+    np.testing.assert_array_equal(canvas.reshape(4, 6)[:, ::3], [[1, 2], [1, 2], [3, 0], [3, 0]])
+
+
+def test_pooling_counted_cell_by_cell():
+    """Each cell gets exp(-distance / reach) of every cell of the other tiles, half as steep across."""
+    values = np.random.default_rng(1).random((4, 2, 2, 4)).astype(np.float32)
+    pooled = lib.pool_frames(values, PLACE, 3.0)
+    expected = np.zeros_like(values)
+    down, across = np.tanh(0.5 / 3), np.tanh(0.5 / 6)
+    for t, o in ((t, o) for t in range(3) for o in range(3) if t != o):
+        for y, x, v, u in np.ndindex(2, 4, 2, 4):
+            dy = abs(2 * (PLACE[1, t] - PLACE[1, o]) + y - v)
+            dx = abs(4 * (PLACE[2, t] - PLACE[2, o]) + x - u)
+            expected[t, :, y, x] += down * across * np.exp(-dy / 3 - dx / 6) * values[o, :, v, u]
+    np.testing.assert_allclose(pooled, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_pooling_of_endless_ground_sums_to_one():
+    """In the middle of a large frame of ones the other tiles and the tile itself weigh 1 together."""
+    place = np.stack([np.zeros(81, int), np.repeat(np.arange(9), 9), np.tile(np.arange(9), 9)])
+    pooled = lib.pool_frames(np.ones((81, 1, 8, 16), np.float32), place, 2.0)
+    one = np.exp(-np.abs(np.subtract.outer(np.arange(8), np.arange(8))) / 2.0).sum(1) * np.tanh(0.25)
+    own = np.exp(-np.abs(np.subtract.outer(np.arange(16), np.arange(16))) / 4.0).sum(1) * np.tanh(0.125)
+    np.testing.assert_allclose(pooled[40, 0] + np.outer(one, own), 1, atol=1e-4)
+
+
+MUTE = np.array([True, False, False, False, True])
 
 
 def test_evidence_counted_by_hand():
-    """One neighbour of soil at one step against overall shares of ½ soil and ½ bedrock."""
-    weights = lib.frame_weights(PLACE[:, [0, 1, 3]], 1.0)
-    masks = tiles([2, 1, 0])  # bedrock, soil; the third alone and without labels
-    ratio = lib.frame_log_ratio(weights, np.zeros((3, 5)), masks, np.zeros(3, bool), 1)
-    w = np.exp(-1.0)
-    pooled_soil = (w + 0.05) / (w + 0.1)
-    np.testing.assert_allclose(ratio[0, 1], np.log(pooled_soil / 0.5), rtol=1e-5)
-    np.testing.assert_allclose(ratio[0, 2], np.log((1 - pooled_soil) / 0.5), rtol=1e-5)
-    np.testing.assert_allclose(ratio[2], 0, atol=1e-6)  # nobody speaks of a tile alone
+    """A known neighbour speaks in [0], a guessed one in [1]; nobody speaks of a tile alone or of class 4."""
+    truth, said = cells(2, 1, 1), cells(2, 2, 2, 3)
+    ratios = lib.frame_ratios(truth, said, np.array([False, False, True]), MUTE, PLACE, 5.0)
+    assert ratios.shape == (2, 4, 5, 2, 4)
+    known = lib.pool_frames(cells(2, 1, 0, 0), PLACE, 5.0)[0]
+    guessed = lib.pool_frames(cells(0, 0, 2, 3), PLACE, 5.0)[0]
+    base = np.array([0, 0.5, 0.5, 0, 0])[:, None, None] + 1e-6  # of the labels seen: one tile each
+    for ratio, pooled in zip(ratios[:, 0], (known, guessed), strict=True):
+        expected = np.log((pooled + 0.02 * base) / ((pooled.sum(0) + 0.02) * base))
+        np.testing.assert_allclose(ratio[1:4], expected[1:4], rtol=1e-4, atol=1e-4)
+    assert (ratios[0, 0, 1] > 0.1).all() and (ratios[1, 0, 2] > 0.1).all()
+    assert (ratios[:, :, MUTE] == 0).all()
+    np.testing.assert_allclose(ratios[:, 3], 0, atol=1e-3)
 
 
 def test_hidden_labels_are_not_heard():
     """Whatever the hidden labels are, no evidence changes: the fold that is scored stays unseen."""
-    rng = np.random.default_rng(0)
-    place = np.stack([np.repeat(np.arange(4), 6), np.tile([0, 0, 0, 1, 1, 1], 4), np.tile([0, 1, 2], 8)])
-    weights, said = lib.frame_weights(place, 2.0), rng.dirichlet(np.ones(5), 24)
-    hidden = np.arange(20) % 5 == 0  # 20 training tiles, 4 test tiles
-    masks = rng.integers(0, 4, (20, 4, 4)).astype(np.uint8)
-    other = masks.copy()
-    other[hidden] = rng.integers(0, 4, (4, 4, 4))
-    assert not np.array_equal(masks, other)
-    before = lib.frame_log_ratio(weights, said, masks, hidden, 1)
-    np.testing.assert_array_equal(before, lib.frame_log_ratio(weights, said, other, hidden, 1))
-    shown = lib.frame_log_ratio(weights, said, masks, np.zeros(20, bool), 1)
+    place, truth, said = draw()
+    hidden = np.arange(len(truth)) % 5 == 0
+    other = truth.copy()
+    other[hidden] = np.roll(other[hidden], 1, 1)
+    before = lib.frame_ratios(truth, said, hidden, MUTE, place, 5.0)
+    np.testing.assert_array_equal(before, lib.frame_ratios(other, said, hidden, MUTE, place, 5.0))
+    shown = lib.frame_ratios(truth, said, np.zeros(len(truth), bool), MUTE, place, 5.0)
     assert not np.array_equal(before, shown)  # known labels do speak
 
 
-def test_rare_classes_are_left_alone():
-    """A class under 2 % of the labelled pixels keeps a log-ratio of 0."""
-    masks = tiles([1, 1, 2])
-    masks = np.concatenate([masks, np.ones((9, 4, 4), np.uint8)])
-    masks[0, 0, 0] = 4  # 1 of 192 pixels
-    place = np.stack([np.zeros(12, int), np.zeros(12, int), np.arange(12)])
-    weights = lib.frame_weights(place, 2.0)
-    ratio = lib.frame_log_ratio(weights, np.zeros((12, 5)), masks, np.zeros(12, bool), 1)
-    assert (ratio[:, 4] == 0).all() and (ratio[:, 1] != 0).any()
+def test_a_tile_says_nothing_of_itself():
+    """Neither its own label nor its own prediction is part of a tile's evidence."""
+    place, truth, said = draw()
+    none = np.zeros(len(truth), bool)
+    before = lib.frame_ratios(truth, said, none, MUTE, place, 5.0)
+    last, other = said.copy(), truth.copy()
+    last[-1] = np.roll(last[-1], 1, 0)  # a test tile's prediction
+    after = lib.frame_ratios(truth, last, none, MUTE, place, 5.0)
+    np.testing.assert_allclose(before[:, -1], after[:, -1], atol=1e-4)
+    assert np.abs(before[1, -2] - after[1, -2]).max() > 0.1
+    swap = next(i for i in range(6, 12) if not np.array_equal(truth[0], truth[i]))
+    other[[0, swap]] = truth[[swap, 0]]  # two labels change places: the overall shares stay
+    after = lib.frame_ratios(other, said, none, MUTE, place, 5.0)
+    np.testing.assert_allclose(before[0, 0], after[0, 0], atol=1e-4)
+    assert np.abs(before[0, 1] - after[0, 1]).max() > 0.1
+
+
+def test_known_neighbours_counted_by_hand():
+    """Of the links of validated tiles, those to labels of another fold; of test tiles', those to training."""
+    neighbours = np.full((5, 4), -1)  # tiles 0 to 2 train, 3 and 4 test
+    neighbours[0, 0], neighbours[1, 1] = 1, 0   # 0 - 1, of one fold
+    neighbours[1, 0], neighbours[2, 1] = 2, 1   # 1 - 2, of two
+    neighbours[2, 0], neighbours[3, 1] = 3, 2   # 2 - 3, training and test
+    neighbours[3, 0], neighbours[4, 1] = 4, 3   # 3 - 4, both test
+    shares = lib.known_neighbours(neighbours, np.array([0, 0, 1]))
+    assert shares == {"validation": 2 / 5, "test": 1 / 3}
+    assert lib.known_neighbours(np.full((5, 4), -1), np.array([0, 0, 1])) == {"validation": 0, "test": 0}
 
 
 @pytest.mark.parametrize("first_class", [0, 1])
 def test_reweighing_counted_by_hand(first_class):
     """Probabilities times exp(ratio), summing to 255 again; classes below the first stay 0."""
-    probs = np.zeros((300, 5, 1, 1), np.uint8)
-    probs[:, first_class:first_class + 2] = [[[51]], [[204]]]
-    ratio = np.zeros((300, 5))
+    probs = np.zeros((300, 5, 4, 4), np.uint8)
+    probs[:, first_class], probs[:, first_class + 1] = 51, 204
+    ratio = np.zeros((300, 5, 2, 2), np.float32)
     ratio[:, first_class] = np.log(4)
     out = lib.reweigh(probs, ratio, first_class)
     assert out[:, :first_class].sum() == 0
     np.testing.assert_allclose(out[299, first_class:first_class + 2, 0, 0], [127, 127], atol=1)
-    assert abs(int(out[0].sum()) - 255) <= 2
+    assert abs(int(out[0, :, 0, 0].sum()) - 255) <= 2
+
+
+def test_cells_are_means_of_pixels():
+    """8 × 8 pixels a cell; a side that 8 does not divide gets the nearest number of cells."""
+    shares = np.random.default_rng(0).integers(0, 255, (3, 2, 16, 24)).astype(np.uint8)
+    expected = shares.reshape(3, 2, 2, 8, 3, 8).mean((3, 5))
+    np.testing.assert_allclose(lib.to_cells(shares), expected, rtol=1e-5)
+    assert lib.to_cells(np.ones((2, 1, 65, 3), np.uint8)).shape == (2, 1, 8, 1)
+
+
+# ------------------------------------------------------------------------------ a whole run
+
+ARGS = ["--folds", "2", "--width", "4", "--epochs", "2", "--stages", "1", "--no-clean", "--max-hours", "1"]
+
+
+@pytest.fixture(scope="module")
+def frames_npz(tmp_path_factory):
+    """14 drawn frames of 4 × 4 tiles, each frame of one class that no pixels tell; 60 % of the tiles known."""
+    tiles, neighbours = cut_frames(14, 4, 4, 16, 32, seed=7)
+    label = np.zeros(len(tiles), np.uint8)
+    for first in range(len(tiles)):
+        if not label[first]:
+            members, label[first] = [first], 1 + first % 3
+            for tile in members:
+                new = [o for o in neighbours[tile] if o >= 0 and not label[o]]
+                label[new] = label[first]
+                members += new
+    masks = np.broadcast_to(label[:, None, None], tiles.shape)
+    path, n = tmp_path_factory.mktemp("frames") / "frames.npz", 134
+    train = np.stack([tiles[:n], masks[:n]], 1)
+    np.savez(path, training_set=train, test_set=tiles[n:], test_labels=masks[n:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(frames_npz, tmp_path_factory):
+    """Metrics by name of three runs on them: as it comes, without frames, with folds of whole frames."""
+    results = {}
+    for name, flags in {"with": [], "without": ["--no-frames"], "grouped": ["--group-frames"]}.items():
+        out = tmp_path_factory.mktemp(name) / "out"
+        assert solve.main(["--data", str(frames_npz), "--out", str(out), *ARGS, *flags]) == 0
+        results[name] = json.loads((out / "metrics.json").read_text()), out
+    return results
+
+
+def test_frames_raise_the_score_without_training(runs):
+    """What no tile shows by itself its frame tells: far better out of fold and on the test set."""
+    metrics, _ = runs["with"]
+    assert metrics["submitted"] == "frames"
+    assert metrics["frames_miou"] > metrics["stage1_miou"] + 0.2
+    assert metrics["test_miou"] == metrics["test_frames_miou"] > metrics["test_stage1_miou"] + 0.2
+    shares = metrics["known_neighbours"]
+    assert 0.2 < shares["validation"] < 0.4 and 0.5 < shares["test"] < 0.7
+
+
+def test_without_frames_nothing_breaks(runs):
+    """--no-frames submits the tiles as they are; the first stage is the same to the last bit."""
+    metrics, _ = runs["without"]
+    assert metrics["submitted"] == "stage1" and "frames_miou" not in metrics
+    assert metrics["stage1_miou"] == runs["with"][0]["stage1_miou"]
+
+
+def test_whole_frames_in_one_fold_know_no_neighbour(runs):
+    """With --group-frames no label of a validated tile's frame is seen: known labels can't flatter."""
+    metrics, _ = runs["grouped"]
+    assert metrics["known_neighbours"]["validation"] == 0 < metrics["known_neighbours"]["test"]
+
+
+def test_report_shows_frames(runs):
+    """The report has the pictures of the largest frames and the shares of known neighbours; else neither."""
+    page = (runs["with"][1] / "report.html").read_text()
+    assert "Camera frames" in page and "known labels" in page and "% at test time" in page
+    assert "Camera frames" not in (runs["without"][1] / "report.html").read_text()
+
+
+def test_random_places_give_nothing(runs, frames_npz):
+    """The control, as tests/ablation.py runs it: with the tiles at random places the gain is gone."""
+    out = runs["with"][1]
+    cfg = ["--data", str(frames_npz), "--out", str(out), *ARGS]
+    scores = ablation.main(cfg)
+    assert scores["stage 1"] == runs["with"][0]["stage1_miou"]
+    assert scores["with frames"] == runs["with"][0]["frames_miou"]
+    for draw in range(3):  # two epochs teach less than to guess the commonest class: chance is a gain here
+        assert scores[f"at random places, draw {draw}"] < scores["with frames"] - 0.5

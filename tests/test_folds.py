@@ -56,6 +56,21 @@ def test_copies_share_a_fold(folds):
     np.testing.assert_array_equal(fold_of[90:], fold_of[:10])
 
 
+@pytest.mark.parametrize("folds", [1, 3])
+def test_frames_and_copies_share_a_fold(folds):
+    """With frames given, none is on both sides of a split, nor are two frames tied by a copy; tiles of no
+    frame are on their own."""
+    images, masks = tiles(90, 4)
+    frame = np.repeat(np.arange(-1, 14), 6)  # six tiles are in no frame
+    images[6 * 3] = images[6 * 9 + 2]  # ties frames 2 and 8
+    fold_of = lib.make_folds(images, masks, folds, 0, frame)
+    assert all(len(np.unique(fold_of[frame == f])) == 1 for f in range(14))
+    assert fold_of[6 * 3] == fold_of[6 * 9]
+    assert len(np.unique(fold_of)) == max(2, folds)
+    if folds == 3:
+        assert len(np.unique(fold_of[frame == -1])) > 1
+
+
 @pytest.mark.parametrize("n", [20, 100, 2505])
 def test_one_fold_is_a_split_of_15_percent(n):
     """folds = 1: one validation set of 13 to 17 %, all others -1: trained on, never validated."""

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from lib import find_neighbours, place_frames
+from lib import find_neighbours
 
 STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
@@ -38,13 +38,16 @@ def solved():
     return tiles, truth, *find_neighbours(tiles)
 
 
-def assert_consistent(neighbours):
-    """Every link stands in both tiles' rows, and no two tiles of a frame share a cell."""
+def assert_consistent(neighbours, place):
+    """Every link stands in both tiles' rows and leads one step on, and no two tiles share a place."""
     for side in range(4):
         a = np.flatnonzero(neighbours[:, side] >= 0)
         assert (neighbours[neighbours[a, side], side ^ 1] == a).all()
-    frame, row, column = place_frames(neighbours)
-    assert len(np.unique(np.stack([frame, row, column], 1), axis=0)) == len(neighbours)
+    frame, row, column = place
+    placed = (neighbours >= 0).any(1)
+    assert ((frame >= 0) == placed).all()
+    assert len(np.unique(place[:, placed], axis=1).T) == placed.sum()
+    assert set(frame[placed]) == set(range(frame.max(initial=-1) + 1))
     for side, (dr, dc) in enumerate(STEPS):
         a = np.flatnonzero(neighbours[:, side] >= 0)
         b = neighbours[a, side]
@@ -54,7 +57,7 @@ def assert_consistent(neighbours):
 
 def test_shuffled_frames_are_put_back(solved):
     """Precision at least 0.99 at recall at least 0.9 on 12 drawn frames of 4 x 4 tiles."""
-    _, truth, found, confidence = solved
+    _, truth, found, confidence, _ = solved
     right = ((found == truth) & (truth >= 0)).sum()
     assert right / (truth >= 0).sum() >= 0.9
     assert right / (found >= 0).sum() >= 0.99
@@ -64,7 +67,7 @@ def test_shuffled_frames_are_put_back(solved):
 
 def test_links_are_symmetric_and_frames_do_not_overlap(solved):
     """Right of a is b exactly when left of b is a; one tile a cell."""
-    assert_consistent(solved[2])
+    assert_consistent(solved[2], solved[4])
 
 
 def test_same_input_same_answer(solved):
@@ -80,7 +83,7 @@ def test_frames_with_half_their_tiles_missing():
     inverse = np.full(len(tiles) + 1, -1)
     inverse[kept] = np.arange(len(kept))
     truth = inverse[truth[kept]]
-    found, _ = find_neighbours(tiles[kept])
+    found, *_ = find_neighbours(tiles[kept])
     right = ((found == truth) & (truth >= 0)).sum()
     assert right / (found >= 0).sum() >= 0.95
     assert right / (truth >= 0).sum() >= 0.7
@@ -96,7 +99,7 @@ def test_black_flat_and_repeated_tiles_do_not_link(solved):
     """Black tiles, saturated sky and copies of one tile get no neighbour among themselves."""
     tiles, _ = cut_frames(100, 1, 1, seed=3)
     odd = np.concatenate([np.zeros((8, 32, 64)), np.full((8, 32, 64), 255), np.repeat(tiles[:1], 8, 0)])
-    found, _ = find_neighbours(np.concatenate([tiles, odd.astype(np.uint8)]))
+    found, *_ = find_neighbours(np.concatenate([tiles, odd.astype(np.uint8)]))
     assert (found >= 0).any(1).mean() <= 0.01
     assert (found[100:] < 0).all()
 
@@ -106,7 +109,7 @@ def test_bright_frame_edges_do_not_glue_frames(solved):
     rng = np.random.default_rng(4)
     frames = np.stack([draw_frame(rng, 64, 64) for _ in range(60)])
     frames[:, [0, -1]] = np.clip(frames[:, [0, -1]] * 1.5, 0, 255)
-    found, _ = find_neighbours(frames.reshape(120, 32, 64))
+    found, *_ = find_neighbours(frames.reshape(120, 32, 64))
     assert (found[::2, 3] < 0).all() and (found[1::2, 2] < 0).all()
 
 
@@ -115,27 +118,27 @@ def test_excluded_tiles_never_link(solved):
     tiles, truth, *_ = solved
     exclude = np.zeros(len(tiles), bool)
     exclude[::5] = True
-    found, confidence = find_neighbours(tiles, exclude=exclude)
+    found, confidence, place = find_neighbours(tiles, exclude=exclude)
     assert (found[exclude] < 0).all() and (confidence[exclude] == 0).all()
     assert not np.isin(found, np.flatnonzero(exclude)).any()
     assert ((found == truth) & (truth >= 0)).sum() > 0.5 * (truth >= 0).sum()
-    assert_consistent(found)
+    assert_consistent(found, place)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_few_tiles(count):
     """No tile, one tile and two tiles are no error."""
-    found, confidence = find_neighbours(cut_frames(3, 1, 1)[0][:count])
+    found, confidence, place = find_neighbours(cut_frames(3, 1, 1)[0][:count])
     assert found.shape == confidence.shape == (count, 4)
-    assert_consistent(found)
+    assert_consistent(found, place)
 
 
 @pytest.mark.parametrize("size", [(65, 127), (17, 16), (8, 200)])
 def test_odd_sizes(size):
     """Tiles of odd, tiny and lopsided size are no error; too small ones (under 16 pixels) stay alone."""
     tiles, truth = cut_frames(6, 2, 2, *size, seed=5)
-    found, _ = find_neighbours(tiles)
-    assert_consistent(found)
+    found, _, place = find_neighbours(tiles)
+    assert_consistent(found, place)
     if min(size) < 16:
         assert (found < 0).all()
 

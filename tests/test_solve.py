@@ -203,8 +203,6 @@ def test_unknown_flag_names_the_nearest(given, nearest):
         (["--lr", "nan"], "--lr"),
         (["--gamma", "-1"], "--gamma"),
         (["--gamma", "inf"], "--gamma"),
-        (["--alpha", "0"], "--alpha"),
-        (["--alpha", "inf"], "--alpha"),
         (["--rare-weight", "0"], "--rare-weight"),
         (["--rare-weight", "inf"], "--rare-weight"),
         (["--rare-repeat", "0"], "--rare-repeat"),

@@ -1,0 +1,53 @@
+"""What the camera frames are worth, from the first networks of a finished run, without any training.
+
+    python solve.py --data FILE --out OUT [options]
+    python tests/ablation.py --data FILE --out OUT [the same options]
+
+Prints the competition's score out of fold, over all pixels: of stage 1, of stage 1 with the frames' evidence,
+and with the same tiles put at random places of the same frames, three times: a gain must vanish there.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+import lib
+import solve
+
+
+def main(argv: list[str]) -> dict[str, float]:
+    """Print the table and return the scores by name."""
+    run = solve.open_run(solve.parse(argv))
+    models, views = [], [solve.View(run.images)] * run.folds
+    for fold in range(run.folds):
+        models.append(solve.new_training(run, 1, fold)["ema"])
+        state = lib.load_checkpoint(run.checkpoint(1, fold))
+        if state is None or not state["finished"] or run.place is None:
+            raise lib.UserError(f"{run.state.parent}: no finished first stage, or no frames")
+        models[-1].load_state_dict(state["best"])
+    probs = solve.out_of_fold(run, models, views)
+    said = solve.predicted_cells(run, models, probs)
+    rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)
+    places = {"with frames": true}
+    for draw in range(3):
+        places[f"at random places, draw {draw}"] = true.copy()
+        places[f"at random places, draw {draw}"][:, placed] = true[:, rng.permutation(placed)]
+    metrics: dict = {}
+    solve.score(run, "stage 1", probs, metrics, run.folds)
+    for name, run.place in places.items():
+        known, _ = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
+        own = probs.copy()
+        for fold in range(run.folds) if known else ():
+            chosen = run.fold_of == fold
+            own[chosen] = lib.reweigh(probs[chosen], known[fold][chosen], run.cfg.first_class)
+        solve.score(run, name, own, metrics, run.folds)
+    return {name: metrics[f"{name}_miou"] for name in ("stage 1", *places)}
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except lib.UserError as e:
+        sys.exit(f"ablation.py: {e}")
