@@ -583,7 +583,7 @@ def _links(tiles, vertical):
 
 
 def _assemble(n, links, limits, least):
-    """Neighbours, confidence, (N, 4), and place, (3, N), as find_neighbours returns them.
+    """Neighbours, confidence, (N, 4), and place, (3, N), as assemble_frames returns them.
 
     Frames of up to `limits` (rows, columns) are joined, surest link first.
 
@@ -639,9 +639,15 @@ def find_neighbours(images, device="cpu", exclude=None):
 
     Args: images uint8 (N, H, W), training tiles then test tiles; exclude bool (N,), tiles never to link.
     Returns: neighbours int32 (N, 4), the tile to the right, left, below, above or -1, each link in both
-        tiles' rows; confidence float32 (N, 4), 0 without a link; place int32 (3, N), frame, row and column,
-        no two tiles in one place; frames are numbered from 0, a tile without a neighbour has frame -1.
+        tiles' rows; confidence float32 (N, 4), 0 without a link.
     Source: border compatibility, greedy assembly: Gallagher 2012; likelihoods are fitted to the tiles.
+    """
+    return assemble_frames(images, device, exclude)[:2]
+
+
+def assemble_frames(images, device="cpu", exclude=None):
+    """What find_neighbours returns, and the tiles' frame, row and column: int32 (3, N), no two tiles in one
+    place. Frames are numbered from 0; a tile without a neighbour has frame -1.
     """
     n, kept = len(images), np.flatnonzero(~exclude) if exclude is not None else np.arange(len(images))
     neighbours, confidence = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
@@ -659,14 +665,15 @@ def find_neighbours(images, device="cpu", exclude=None):
 
 
 def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return find_neighbours' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone.
+    """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone.
 
     Decided once: a run that goes on, if on another device, must see the same frames.
     """
-    start, found = time.monotonic(), load_checkpoint(state / "frames.pt")
-    if found is None:
-        neighbours, _, place = find_neighbours(np.concatenate([data.images, data.test_images]), device)
-        found = {"neighbours": torch.from_numpy(neighbours), "place": torch.from_numpy(place)}
+    start, tiles = time.monotonic(), np.concatenate([data.images, data.test_images])
+    found, of = load_checkpoint(state / "frames.pt"), hashlib.sha256(tiles).hexdigest()
+    if not isinstance(found, dict) or found.get("of") != of:
+        neighbours, _, place = assemble_frames(tiles, device)
+        found = {"of": of, "neighbours": torch.from_numpy(neighbours), "place": torch.from_numpy(place)}
         save_checkpoint(state / "frames.pt", found)
     neighbours, place = found["neighbours"].numpy(), found["place"].numpy()
     print(f"frames: {place.shape[1]} tiles, {100 * np.mean(place[0] >= 0):.0f} % of them put back into "
@@ -676,12 +683,13 @@ def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarr
 
 def known_neighbours(neighbours: np.ndarray, fold_of: np.ndarray) -> dict[str, float]:
     """Return the share of neighbours found whose label may be seen, at validation and at test time."""
-    train, test = neighbours[:len(fold_of)], neighbours[len(fold_of):]
-    folds = np.append(fold_of, np.full(len(test), -2))  # a test tile has no label to show
-    seen = (train >= 0) & (train < len(fold_of)) & (folds[train] != fold_of[:, None])
-    shown = (test >= 0) & (test < len(fold_of))
-    return {"validation": float(seen.sum() / max(1, (train >= 0).sum())),
-            "test": float(shown.sum() / max(1, (test >= 0).sum()))}
+    folds = np.append(fold_of, np.full(len(neighbours) - len(fold_of), -2))  # -2: a test tile, no label
+    shares = {}
+    for name, tiles in (("validation", folds >= 0), ("test", folds == -2)):
+        tile, side = np.nonzero((neighbours >= 0) & tiles[:, None])
+        other = folds[neighbours[tile, side]]
+        shares[name] = float(np.sum((other != -2) & (other != folds[tile])) / max(1, len(tile)))
+    return shares
 
 
 def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -813,26 +821,27 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
     given. folds = 1 is one split: every 7th image (14.3 %) is fold 0, the rest are -1. Raises UserError if
     there are fewer different images than folds.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, 7]))
-    counts = np.stack([(masks == c).sum((1, 2)) for c in range(NUM_CLASSES)], 1)
+    rng, n = np.random.default_rng(np.random.SeedSequence([seed, 7])), len(images)
+    group = np.unique(images.reshape(n, -1), axis=0, return_inverse=True)[1].ravel()
+    if frame is not None:  # a graph of tiles, n groups of copies, and frames
+        inside = np.flatnonzero(frame >= 0)
+        ties = np.append(np.arange(n), inside), np.append(n + group, 2 * n + frame[inside])
+        graph = scipy.sparse.coo_matrix((np.ones(n + len(inside)), ties), 2 * (2 * n + frame.max() + 1,))
+        tied = scipy.sparse.csgraph.connected_components(graph, False)[1][:n]
+        group = np.unique(tied, return_inverse=True)[1]
+    counts = np.zeros((group.max() + 1, NUM_CLASSES), np.int64)
+    np.add.at(counts, group, np.stack([(masks == c).sum((1, 2)) for c in range(NUM_CLASSES)], 1))
+    if len(counts) < max(2, folds):
+        what = "images" if frame is None else "frames; leave out --group-frames"
+        raise UserError(f"--folds {folds}: the training set has only {len(counts)} different {what}")
     stratum = counts.argmax(1) + NUM_CLASSES * (counts[:, rare_classes(masks)] > 0).any(1)
-    flat = images.reshape(len(images), -1)
-    group = np.unique(flat, axis=0, return_inverse=True)[1].ravel()
-    if frame is not None:
-        n, tiles = len(images), np.arange(len(images))
-        ties = np.append(tiles, tiles[frame >= 0]), np.append(n + group, 2 * n + frame[frame >= 0])
-        graph = scipy.sparse.coo_matrix((np.ones(len(ties[0])), ties), (3 * n, 3 * n))
-        group = scipy.sparse.csgraph.connected_components(graph, False)[1][:n]
-    _, first, group = np.unique(group, return_index=True, return_inverse=True)
-    if len(first) < max(2, folds):
-        raise UserError(f"--folds {folds}: the training set has only {len(first)} different images")
-    order = rng.permutation(first)  # one image stands for its copies
+    order = rng.permutation(len(counts))
     order = order[np.argsort(stratum[order], kind="stable")]
-    fold_of = np.empty(len(images), np.int64)
+    fold_of = np.empty(len(counts), np.int64)
     fold_of[order] = np.arange(len(order)) % (folds if folds > 1 else 7)
     if folds == 1:
         fold_of[fold_of > 0] = -1
-    return fold_of[first[group]]
+    return fold_of[group]
 
 
 # ---------------------------------------------------------------------------------------- 5. augmentation
@@ -1374,14 +1383,16 @@ def curves(title: str, lines: list[list[float]]) -> str:
             f"<figcaption>{title}: {low:.3f} to {high:.3f}, {epochs} epochs{names}</figcaption></figure>")
 
 
-def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: np.ndarray) -> list[str]:
+def show_frames(data: Data, place: np.ndarray, labels: np.ndarray,
+                test_labels: np.ndarray | None) -> list[str]:
     """Return rows of pictures of the six largest frames: image, known labels, predictions.
 
     Args: place, of find_frames; labels out of fold, uint8 (N, H, W), and of the test tiles, (M, H, W).
     """
     nothing = np.zeros_like(data.test_images)
     tiles = np.stack([np.concatenate(pair) for pair in (
-        (data.images, data.test_images), (data.masks, nothing), (labels, test_labels))], 1)
+        (data.images, data.test_images), (data.masks, nothing),
+        (labels, nothing if test_labels is None else test_labels))], 1)
     rows = []
     for frame in np.bincount(place[0, place[0] >= 0]).argsort(kind="stable")[:-7:-1]:
         inside = place[0] == frame
@@ -1431,13 +1442,14 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
                **{name: PALETTE[masks[n]] for name, masks in labels.items()},
                "confidence": confidence[n]}
         parts.append(pictures(f"{kind}, accuracy {right[n]:.2f}: {', '.join(row)}", row))
-    if place is not None and test_labels is not None:
+    if place is not None:
         parts.append("<h2>Camera frames, put back together</h2>")
         if "known_neighbours" in metrics:
             shares = {k: f"{100 * v:.0f} %" for k, v in metrics["known_neighbours"].items()}
             parts.append(f"<p>Neighbours whose label is known: {shares['validation']} at validation, "
                          f"{shares['test']} at test time.</p>")
-        parts += show_frames(data, place, labels[metrics["submitted"]], test_labels)
+        seen = labels[metrics["submitted"]] * validated[:, None, None]
+        parts += show_frames(data, place, seen, test_labels)
     parts.append(f"<h2>Intruders: {len(data.outlier_images)} training images taken out</h2>")
     if len(data.outlier_images) and (out / "outliers.csv").exists():
         found = pd.read_csv(out / "outliers.csv")

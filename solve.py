@@ -93,7 +93,10 @@ def parse(argv: list[str]) -> Config:
     given = lib.parse_flags(Config, argv, __doc__)
     if "data" not in given and Path("/kaggle/input").is_dir():
         given["data"] = "/kaggle/input"
-    return Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
+    cfg = Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
+    if cfg.group_frames and not cfg.frames:
+        raise UserError("--group-frames: this recipe, or --no-frames, does not look for frames")
+    return cfg
 
 
 # ---------------------------------------------------------------------------------------- one run's facts

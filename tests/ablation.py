@@ -6,6 +6,7 @@
 Prints the competition's score out of fold, over all pixels: of stage 1, of stage 1 with the frames' evidence,
 and with the same tiles put at random places of the same frames, three times: a gain must vanish there.
 """
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -19,7 +20,10 @@ import solve
 
 def main(argv: list[str]) -> dict[str, float]:
     """Print the table and return the scores by name."""
-    run = solve.open_run(solve.parse(argv))
+    cfg = dataclasses.replace(solve.parse(argv), fresh=False)
+    if not (Path(cfg.out).expanduser() / "state" / "stage1_fold0.pt").exists():
+        raise lib.UserError(f"--out {cfg.out} holds no run; solve.py trains one")
+    run = solve.open_run(cfg)
     models, views = [], [solve.View(run.images)] * run.folds
     for fold in range(run.folds):
         models.append(solve.new_training(run, 1, fold)["ema"])
@@ -49,5 +53,6 @@ def main(argv: list[str]) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except lib.UserError as e:
-        sys.exit(f"ablation.py: {e}")
+    except (lib.UserError, OSError) as e:
+        print(f"ablation.py: {e}", file=sys.stderr)
+        sys.exit(2)

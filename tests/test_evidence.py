@@ -120,6 +120,8 @@ def test_known_neighbours_counted_by_hand():
     neighbours[3, 0], neighbours[4, 1] = 4, 3   # 3 - 4, both test
     shares = lib.known_neighbours(neighbours, np.array([0, 0, 1]))
     assert shares == {"validation": 2 / 5, "test": 1 / 3}
+    shares = lib.known_neighbours(neighbours, np.array([0, -1, -1]))  # one split: only tile 0 is validated
+    assert shares == {"validation": 1, "test": 1 / 3}
     assert lib.known_neighbours(np.full((5, 4), -1), np.array([0, 0, 1])) == {"validation": 0, "test": 0}
 
 
@@ -207,13 +209,25 @@ def test_frames_are_found_once(runs, frames_npz, tmp_path, monkeypatch):
     out = shutil.copytree(runs["with"][1], tmp_path / "out")
     command = ["--data", str(frames_npz), "--out", str(out), *ARGS]
     whole, calls = (out / "submission.csv").read_bytes(), []
-    find = lib.find_neighbours
-    monkeypatch.setattr(lib, "find_neighbours", lambda *args: calls.append(args) or find(*args))
+    find = lib.assemble_frames
+    monkeypatch.setattr(lib, "assemble_frames", lambda *args: calls.append(args) or find(*args))
     assert solve.main(command) == 0 and not calls
     file = out / "state" / "frames.pt"
     file.write_bytes(file.read_bytes()[:-1])
     assert solve.main(command) == 0 and len(calls) == 1
+    lib.save_checkpoint(file, {"of": "other tiles"})
+    assert solve.main(command) == 0 and len(calls) == 2
     assert (out / "submission.csv").read_bytes() == whole
+
+
+def test_ablation_needs_a_run_and_spares_it(runs, frames_npz, tmp_path, capsys):
+    """Without a run it says so and begins none; --fresh, among "the same options", throws nothing away."""
+    with pytest.raises(lib.UserError, match="holds no run"):
+        ablation.main(["--data", str(frames_npz), "--out", str(tmp_path / "new"), *ARGS])
+    assert not (tmp_path / "new").exists()
+    out = shutil.copytree(runs["with"][1], tmp_path / "out")
+    assert ablation.main(["--data", str(frames_npz), "--out", str(out), *ARGS, "--fresh"])
+    assert (out / "state" / "stage1_fold0.pt").exists()
 
 
 def test_report_shows_frames(runs):

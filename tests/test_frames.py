@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from lib import find_neighbours
+from lib import assemble_frames, find_neighbours
 
 STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
@@ -35,7 +35,7 @@ def cut_frames(count, rows, columns, height=32, width=64, seed=0):
 @pytest.fixture(scope="module")
 def solved():
     tiles, truth = cut_frames(12, 4, 4)
-    return tiles, truth, *find_neighbours(tiles)
+    return tiles, truth, *assemble_frames(tiles)
 
 
 def assert_consistent(neighbours, place):
@@ -83,7 +83,7 @@ def test_frames_with_half_their_tiles_missing():
     inverse = np.full(len(tiles) + 1, -1)
     inverse[kept] = np.arange(len(kept))
     truth = inverse[truth[kept]]
-    found, *_ = find_neighbours(tiles[kept])
+    found, _ = find_neighbours(tiles[kept])
     right = ((found == truth) & (truth >= 0)).sum()
     assert right / (found >= 0).sum() >= 0.95
     assert right / (truth >= 0).sum() >= 0.7
@@ -99,7 +99,7 @@ def test_black_flat_and_repeated_tiles_do_not_link(solved):
     """Black tiles, saturated sky and copies of one tile get no neighbour among themselves."""
     tiles, _ = cut_frames(100, 1, 1, seed=3)
     odd = np.concatenate([np.zeros((8, 32, 64)), np.full((8, 32, 64), 255), np.repeat(tiles[:1], 8, 0)])
-    found, *_ = find_neighbours(np.concatenate([tiles, odd.astype(np.uint8)]))
+    found, _ = find_neighbours(np.concatenate([tiles, odd.astype(np.uint8)]))
     assert (found >= 0).any(1).mean() <= 0.01
     assert (found[100:] < 0).all()
 
@@ -109,7 +109,7 @@ def test_bright_frame_edges_do_not_glue_frames(solved):
     rng = np.random.default_rng(4)
     frames = np.stack([draw_frame(rng, 64, 64) for _ in range(60)])
     frames[:, [0, -1]] = np.clip(frames[:, [0, -1]] * 1.5, 0, 255)
-    found, *_ = find_neighbours(frames.reshape(120, 32, 64))
+    found, _ = find_neighbours(frames.reshape(120, 32, 64))
     assert (found[::2, 3] < 0).all() and (found[1::2, 2] < 0).all()
 
 
@@ -118,7 +118,7 @@ def test_excluded_tiles_never_link(solved):
     tiles, truth, *_ = solved
     exclude = np.zeros(len(tiles), bool)
     exclude[::5] = True
-    found, confidence, place = find_neighbours(tiles, exclude=exclude)
+    found, confidence, place = assemble_frames(tiles, exclude=exclude)
     assert (found[exclude] < 0).all() and (confidence[exclude] == 0).all()
     assert not np.isin(found, np.flatnonzero(exclude)).any()
     assert ((found == truth) & (truth >= 0)).sum() > 0.5 * (truth >= 0).sum()
@@ -128,7 +128,7 @@ def test_excluded_tiles_never_link(solved):
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_few_tiles(count):
     """No tile, one tile and two tiles are no error."""
-    found, confidence, place = find_neighbours(cut_frames(3, 1, 1)[0][:count])
+    found, confidence, place = assemble_frames(cut_frames(3, 1, 1)[0][:count])
     assert found.shape == confidence.shape == (count, 4)
     assert_consistent(found, place)
 
@@ -137,7 +137,7 @@ def test_few_tiles(count):
 def test_odd_sizes(size):
     """Tiles of odd, tiny and lopsided size are no error; too small ones (under 16 pixels) stay alone."""
     tiles, truth = cut_frames(6, 2, 2, *size, seed=5)
-    found, _, place = find_neighbours(tiles)
+    found, _, place = assemble_frames(tiles)
     assert_consistent(found, place)
     if min(size) < 16:
         assert (found < 0).all()

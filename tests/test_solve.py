@@ -222,6 +222,8 @@ def test_unknown_flag_names_the_nearest(given, nearest):
         (["--witnesses", ""], "--witnesses"),
         (["--lr"], "--lr"),
         (["--fresh=1"], "--fresh"),
+        (["--group-frames", "--no-frames"], "--group-frames"),
+        (["--group-frames", "--recipe", "paper"], "--group-frames"),
         (["mars.npz"], "mars.npz"),
         (["-x"], "-x"),
     ],
