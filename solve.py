@@ -95,7 +95,7 @@ def parse(argv: list[str]) -> Config:
         given["data"] = "/kaggle/input"
     cfg = Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
     if cfg.group_frames and not cfg.frames:
-        raise UserError("--group-frames: this recipe, or --no-frames, does not look for frames")
+        raise UserError("--group-frames: --recipe paper and --no-frames look for none")
     return cfg
 
 
@@ -166,10 +166,11 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
 
 def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Tensor, donors: torch.Tensor,
                    gen: torch.Generator) -> lib.Batch:
-    """Return an augmented batch. Rare patches come from the images at donors, which are of the same split."""
+    """Return an augmented batch. Rare patches come from the images at donors, which are of the same split.
+    Where a prior is corrected there are none: a patch that brings its own taught nothing good."""
     cfg = run.cfg
     x, y = network_input(run, view, index), targets[index]
-    if cfg.paste and len(donors):
+    if cfg.paste and len(donors) and (view.probs is None or cfg.refine == "background"):
         pick = donors[torch.randint(len(donors), (len(index),), device=run.device, generator=gen)]
         rare = torch.where(run.is_rare[targets[pick].clamp_min(0).int()], targets[pick], 0)
         x, y = lib.paste_rare(x, y, network_input(run, view, pick), rare, gen, cfg.paste)
@@ -443,8 +444,7 @@ def open_run(cfg: Config) -> Run:
     """Return the run that cfg describes, new or gone on with: data loaded and cleaned, the plan made."""
     data = lib.load_data(cfg.data)
     if data.path.name == "sample.npz":
-        print(f"THIS IS THE EMBEDDED SAMPLE {data.path}, a drawn demonstration: "
-              "put mars_for_students.npz beside it")
+        print(f"THIS IS THE EMBEDDED SAMPLE {data.path}, drawn: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:
             cfg = dataclasses.replace(cfg, max_hours=SAMPLE_HOURS)
     identity = {"data_sha256": data.sha256, **dataclasses.asdict(cfg)}
@@ -537,10 +537,8 @@ def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
 
 def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
                   metrics: dict) -> np.ndarray:
-    """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known.
-
-    Returns the labels submitted, uint8 (M, H, W).
-    """
+    """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known;
+    return the labels submitted, uint8 (M, H, W)."""
     file, parts, sure = run.state.parent / "submission.csv", {}, []
     for start in range(0, len(run.test_images), 1000):  # bounded memory
         for name, sums in predict_test(run, stages, ratios, slice(start, start + 1000)).items():

@@ -694,3 +694,25 @@ def test_nothing_is_written_outside_out(tmp_path):
     assert int(count) > 10 and bad == "[]"
     assert all(p.stat().st_mtime_ns == when for p, when in before.items() if p.is_file())
     assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
+    """--paste 1 changes images of stage 1; stage 2's, which carry a prior, come as they are or mirrored."""
+    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--paste", "1"]
+    run = solve.open_run(solve.parse(list(map(str, argv))))
+    every = torch.arange(len(run.images))
+    donors = every[(run.masks == 4).flatten(1).any(1)]
+    probs = np.full((len(every), 5, *run.images.shape[1:]), 51, np.uint8)
+    views = solve.View(run.images), solve.second_view(run, run.images, probs, None)
+    changed = []
+    for view in views:
+        x, y = solve.training_batch(run, view, run.masks, every, donors, torch.Generator().manual_seed(0))
+        plain = solve.network_input(run, view, every)[:, :1]
+        same = [
+            any(torch.equal(x[i, :1], image) and torch.equal(y[i], mask) for image, mask in pair)
+            for i, pair in enumerate(
+                [(p, m), (p.flip(-1), m.flip(-1))] for p, m in zip(plain, run.masks, strict=True)
+            )
+        ]
+        changed.append(len(same) - sum(same))
+    assert changed[0] > len(every) // 2 and changed[1] == 0
