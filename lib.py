@@ -241,7 +241,7 @@ def fingerprint(data: Data) -> dict:
     """Return what identifies and describes the data; pixel_share and images_holding have a value a class."""
     return {"file": data.path.name, "sha256": data.sha256, "train_images": len(data.images),
             "test_images": len(data.test_images),
-            "height": data.images.shape[1], "width": data.images.shape[2],
+            "image_height": data.images.shape[1], "image_width": data.images.shape[2],
             "range": [int(data.images.min()), int(data.images.max())],
             "pixel_share": [round(float((data.masks == c).mean()), 5) for c in range(NUM_CLASSES)],
             "images_holding": [int((data.masks == c).any((1, 2)).sum()) for c in range(NUM_CLASSES)]}
@@ -582,12 +582,13 @@ def _links(tiles, vertical):
     return i, j, odds, unlisted, math.log(share / (1 - share))
 
 
-def _assemble(n, links, limits, least):
+def _assemble(n, links, limits, least, further=1.0):
     """Neighbours, confidence, (N, 4), and place, (3, N), as assemble_frames returns them.
 
     Frames of up to `limits` (rows, columns) are joined, surest link first.
 
-    A join's log-odds, the prior plus the log-ratios of all borders that come to touch, are at least `least`.
+    A join's log-odds, the prior plus the log-ratios of all borders that come to touch, are at least `least`;
+    those that fit count `further` beside the best: two frames of one light fit in several rows at once.
     """
     guess = math.log(2 * n)  # a pair's prior odds in the scorer's fit are 1 : 2n
     ratios = [dict(zip((i * n + j).tolist(), (x + guess).tolist(), strict=True)) for i, j, x, *_ in links]
@@ -610,10 +611,11 @@ def _assemble(n, links, limits, least):
                 continue
             touching = [(t, side, cells[r + dr, c + dc]) for (r, c), t in moved.items()
                         for side, (dr, dc) in enumerate(_STEPS) if (r + dr, c + dc) in cells]
-            odds = links[axis][4] - guess
-            for t, side, o in touching:
-                pair = o * n + t if side % 2 else t * n + o
-                odds += ratios[side // 2].get(pair, unlisted[t][side] + unlisted[o][side ^ 1])
+            fits = [ratios[side // 2].get(o * n + t if side % 2 else t * n + o,
+                                          unlisted[t][side] + unlisted[o][side ^ 1])
+                    for t, side, o in touching]
+            odds = links[axis][4] - guess + max(fits) * (1 - further)
+            odds += sum(min(fit, further * fit) for fit in fits)
             if odds < wanted:
                 waiting.append(link)
                 continue
@@ -656,7 +658,7 @@ def assemble_frames(images, device="cpu", exclude=None):
         return neighbours, confidence, place
     tiles = torch.from_numpy(images[kept]).to(device)
     links = [_links(tiles, vertical) for vertical in (False, True)]
-    sure = _assemble(len(kept), links, (8, 8), 6)[2]
+    sure = _assemble(len(kept), links, (8, 8), 6, 0.5)[2]
     # a frame's extent is what 98 % of the surely placed tiles keep to
     limits = [1 + np.quantile(line, 0.98, method="higher") for line in sure[1:]]
     found, confidence[kept], place[:, kept] = _assemble(len(kept), links, limits, 3.5)
@@ -771,7 +773,8 @@ def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray,
     def evidence(reach: float, fold: int, shown: bool) -> np.ndarray:
         return frame_ratios(truth, said[fold], (fold_of == fold) & (not shown), mute, place, reach)
 
-    best = 0.0, 0, (0.0, 0.0)
+    before = iou_scores(confusion_matrix(small_truth, small[:, 1:].argmax(1) + 1))[0]
+    best = before, 0, (0.0, 0.0)
     for reach in (4, 6, 9):
         own = np.stack([evidence(reach, fold, False)[:, :n] for fold in range(len(said))])
         own = own[fold_of.clip(0), :, np.arange(n)][scored]
@@ -781,7 +784,7 @@ def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray,
             best = (score, reach, strengths) if score > best[0] else best  # equals: the weaker, found first
     miou, reach, strengths = best
     print(f"frames: of reach {reach} cells, strength of labels and predictions {strengths}: out of fold "
-          f"{miou:.4f} on a part of the pixels", flush=True)
+          f"{before:.4f} → {miou:.4f} on a part of the pixels", flush=True)
     if not any(strengths):
         return [], []
     known, test = ([np.tensordot(np.float32(strengths), evidence(reach, fold, shown), 1)
@@ -1418,7 +1421,9 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
               for s in stages]
     parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
     if "test_miou" in metrics:
-        parts.append(f"<p>Test labels were in the file: mean IoU <b>{metrics['test_miou']:.4f}</b>.</p>")
+        tests = ", ".join(f"{s} {metrics[f'test_{s}_miou']:.4f}" for s in stages)
+        parts.append(f"<p>Test labels were in the file: mean IoU of {tests}.</p>")
+    parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
     parts.append("<h2>Training</h2>")
     for stage in sorted({stage for stage, _ in histories}):
         folds = [histories[key] for key in sorted(histories) if key[0] == stage]

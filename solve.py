@@ -47,7 +47,7 @@ class Config:
                             lambda value: set(value.split(",")) <= set(lib.WITNESSES))
     template: str = option("", "picture of an intruder, instead of the one discovered")
     frames: bool = option(True, "don't put the camera frames back together")
-    group_frames: bool = option(False, "no frame is in two folds: scores what new frames would get")
+    group_frames: bool = option(False, "no frame is in two folds: to measure new frames, not to submit")
     # engine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
@@ -516,7 +516,7 @@ def solve(cfg: Config) -> dict:
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.state.parent / "metrics.json", metrics)
     shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
-    facts = {**lib.fingerprint(run.data), **dataclasses.asdict(cfg), **run.plan, "device": run.device}
+    facts = {**lib.fingerprint(run.data), **dataclasses.asdict(run.cfg), **run.plan, "device": run.device}
     lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels, probs.max(1),
                      run.place, test_labels)
     for file in sorted(run.state.parent.glob("*.*")):

@@ -588,7 +588,7 @@ def test_fingerprint_by_hand(tmp_path):
     assert (
         facts["train_images"] == 2
         and facts["test_images"] == 0
-        and (facts["height"], facts["width"]) == (2, 4)
+        and (facts["image_height"], facts["image_width"]) == (2, 4)
     )
     assert facts["range"] == [10, 99]
     assert facts["pixel_share"] == [0.125, 0.25, 0.5625, 0, 0.0625]

@@ -57,3 +57,14 @@ def test_the_sample_resembles_the_competition(sample):
     assert (counts == 12).sum() == 1
     data = lib.load_data(SAMPLE)
     assert data.notes == [] and len(data.test_labels) == 80
+
+
+def test_the_samples_frames_are_put_back(sample):
+    """Ten frames of 8 × 4 tiles, each apart from the others, and at most 3 % of the tiles alone."""
+    images, masks = sample["training_set"].swapaxes(0, 1)
+    taken = lib.find_outliers(images, masks)["index"]
+    tiles = np.concatenate([np.delete(images, taken, 0), sample["test_set"]])
+    place = lib.assemble_frames(tiles)[2]
+    assert place[0].max() + 1 == 10
+    assert np.bincount(place[0, place[0] >= 0]).max() <= 32 and (place[0] < 0).mean() <= 0.03
+    assert place[1].max() < 8 and place[2].max() < 4
