@@ -1386,17 +1386,20 @@ def curves(title: str, lines: list[list[float]]) -> str:
             f"<figcaption>{title}: {low:.3f} to {high:.3f}, {epochs} epochs{names}</figcaption></figure>")
 
 
-def show_frames(data: Data, place: np.ndarray, labels: np.ndarray,
-                test_labels: np.ndarray | None) -> list[str]:
-    """Return rows of pictures of the six largest frames: image, known labels, predictions.
+def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: np.ndarray | None,
+                shares: dict[str, float]) -> list[str]:
+    """Return a heading and rows of pictures of the six largest frames: image, known labels, predictions.
 
-    Args: place, of find_frames; labels out of fold, uint8 (N, H, W), and of the test tiles, (M, H, W).
+    Args: place, of find_frames; labels out of fold, uint8 (N, H, W), and of the test tiles, (M, H, W);
+    shares, of known_neighbours.
     """
     nothing = np.zeros_like(data.test_images)
     tiles = np.stack([np.concatenate(pair) for pair in (
         (data.images, data.test_images), (data.masks, nothing),
         (labels, nothing if test_labels is None else test_labels))], 1)
-    rows = []
+    rows = ["<h2>Camera frames, put back together</h2>",
+            *(f"<p>Neighbours whose label is known: {100 * share:.0f} % at {when} time.</p>"
+              for when, share in shares.items())]
     for frame in np.bincount(place[0, place[0] >= 0]).argsort(kind="stable")[:-7:-1]:
         inside = place[0] == frame
         canvas = frame_canvas(tiles[inside], place[:, inside] - [[frame], [0], [0]])[0]
@@ -1448,13 +1451,8 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
                "confidence": confidence[n]}
         parts.append(pictures(f"{kind}, accuracy {right[n]:.2f}: {', '.join(row)}", row))
     if place is not None:
-        parts.append("<h2>Camera frames, put back together</h2>")
-        if "known_neighbours" in metrics:
-            shares = {k: f"{100 * v:.0f} %" for k, v in metrics["known_neighbours"].items()}
-            parts.append(f"<p>Neighbours whose label is known: {shares['validation']} at validation, "
-                         f"{shares['test']} at test time.</p>")
         seen = labels[metrics["submitted"]] * validated[:, None, None]
-        parts += show_frames(data, place, seen, test_labels)
+        parts += show_frames(data, place, seen, test_labels, metrics.get("known_neighbours", {}))
     parts.append(f"<h2>Intruders: {len(data.outlier_images)} training images taken out</h2>")
     if len(data.outlier_images) and (out / "outliers.csv").exists():
         found = pd.read_csv(out / "outliers.csv")
