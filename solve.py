@@ -216,9 +216,9 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
     donors = train_index[run.is_rare[targets[train_index].clamp_min(0).int()].flatten(1).any(1)]
     order = torch.cat([train_index, donors.repeat(cfg.rare_repeat - 1)])
     order = order[torch.randperm(len(order), device=run.device, generator=gen)]
-    total, steps = torch.zeros((), device=run.device), 0
+    total, before = torch.zeros((), device=run.device), int(model.encoder[0][1].num_batches_tracked)
     model.train()
-    for index in order.split(batch_size(run, len(train_index)))[:most_steps]:
+    for steps, index in enumerate(order.split(batch_size(run, len(train_index)))[:most_steps], 1):
         x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
@@ -230,8 +230,8 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0, foreach=True)
         scaler.step(optimizer)
         scaler.update()
-        lib.update_ema(parts["ema"], model, cfg.ema_decay)
-        total, steps = total + loss.detach(), steps + 1
+        total += loss.detach()
+        lib.update_ema(parts["ema"], model, cfg.ema_decay, before + steps)
         if run.clock.left() < 0:
             break  # the budget is a promise, even inside an epoch
     return float(total / steps)
@@ -455,7 +455,7 @@ def open_run(cfg: Config) -> Run:
     print("\n".join(lib.describe(data)), flush=True)
     device, why = lib.pick_device(cfg.device)
     plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
-    torch.set_num_threads(plan.get("threads") or lib.pick_threads())
+    lib.set_threads(plan.get("threads", 0))
     dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})", flush=True)
     if cfg.clean:

@@ -257,12 +257,12 @@ def test_odd_sizes_have_a_loss(h, w):
 # ------------------------------------------------------------------------------ averaged weights
 
 
-def two_models(steps):
-    """Return an ema of zeros and a model of ones whose batch norms have counted this many steps."""
+def two_models():
+    """Return an ema of zeros and a model of ones."""
     ema, model = lib.UNet(1, 2, 1), lib.UNet(1, 2, 1)
     for net, value in ((ema, 0.0), (model, 1.0)):
         for tensor in net.state_dict().values():
-            tensor.fill_(value if tensor.is_floating_point() else steps)
+            tensor.fill_(value)
     return ema, model
 
 
@@ -272,11 +272,11 @@ def two_models(steps):
 )
 def test_update_ema_by_hand(steps, decay, moved):
     """After t steps it moves 1 - min(decay, (1 + t) / (10 + t)) of the way, running statistics included."""
-    ema, model = two_models(steps)
-    lib.update_ema(ema, model, decay)
+    ema, model = two_models()
+    lib.update_ema(ema, model, decay, steps)
     for name, tensor in ema.state_dict().items():
-        want = moved if tensor.is_floating_point() else steps
-        torch.testing.assert_close(tensor, torch.full_like(tensor, want), msg=name)
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.full_like(tensor, moved), msg=name)
     assert all((t == 1).all() for t in model.state_dict().values() if t.is_floating_point())
 
 
@@ -285,7 +285,7 @@ def test_decay_0_copies():
     torch.manual_seed(0)
     ema, model = lib.UNet(1, 3, 2), lib.UNet(1, 3, 2)
     model(torch.randn(2, 1, 32, 32))
-    lib.update_ema(ema, model, 0.0)
+    lib.update_ema(ema, model, 0.0, 1)
     x = torch.randn(1, 1, 32, 32)
     assert torch.equal(ema.eval()(x)[0], model.eval()(x)[0])
 
@@ -319,3 +319,31 @@ def test_probabilities_by_hand(tta):
     assert got.shape == (5, 4, 4, 6) and got.dtype == "uint8"
     assert (got[:, 0] == 0).all()
     assert (torch.from_numpy(got[:, 1:]) - probs * 255).abs().max() <= 0.501
+
+
+class Small(Ramp):
+    """A network whose memory holds two images; RuntimeError is what PyTorch raises, on a GPU a subclass."""
+
+    def forward(self, x):
+        if len(x) > 2:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes")
+        return super().forward(x)
+
+
+def test_prediction_halves_a_batch_that_does_not_fit(capsys):
+    """Out of memory at 8 and at 4 images: 2 at a time give the same probabilities, and it is said."""
+    images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    plain, small = (
+        lib.predict_probs(net, lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, True, 8)
+        for net in (Ramp(), Small())
+    )
+    assert (plain == small).all()
+    assert "out of memory at 4 images: going on with 2" in capsys.readouterr().out
+
+
+def test_an_image_too_large_for_the_memory_is_one_sentence():
+    """At one image there is nothing left to halve; another error of PyTorch's stays what it is."""
+    with pytest.raises(lib.UserError, match="--width"):
+        lib.smaller_batch(1, RuntimeError("CUDA out of memory."))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        lib.smaller_batch(8, RuntimeError("size mismatch"))
