@@ -1138,21 +1138,22 @@ def pick_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtyp
 
 def set_threads(threads: int = 0) -> None:
     """Set PyTorch's threads; 0: the fastest of all, their half, a quarter ... and one, as beside other busy
-    processes fewer are (2 cores that 4 processes shared: two threads 2 images/s, one 49).
-
-    Also let glibc keep freed memory: activations of megabytes, given back to the kernel after each use, are
-    zeroed page by page at the next (measured at width 16: training +10 %, prediction +40 %).
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: no block has pages of its own
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    processes fewer are (2 cores that 4 processes shared: two threads 2 images/s, one 49)."""
     seconds, tried = {}, 0 if threads else torch.get_num_threads()
     while tried:
         torch.set_num_threads(tried)
         seconds[tried] = _conv_seconds(torch.float32) * (1.1 if seconds else 1)  # in doubt, the more
         tried //= 2
     torch.set_num_threads(threads or min(seconds, key=seconds.get))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: activations of megabytes, given back to the kernel after each use, are
+    zeroed page by page at the next. Measured at width 16: training +10 %, prediction +40 %."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: no block has pages of its own
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _conv_seconds(dtype: torch.dtype) -> float:

@@ -188,7 +188,7 @@ def new_training(run: Run, stage: int, fold: int) -> dict:
     """Return all that training changes, by name; the first weights depend on (seed, stage, fold) alone."""
     cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
     residual = stage == 2 and cfg.refine == "correct"
-    channels = 1 if stage == 1 else 2 + outputs if residual else 2
+    channels = 2 + outputs if residual else stage
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, fold, 0).initial_seed())
         model = lib.UNet(channels, outputs, run.plan["width"], residual=residual)
@@ -326,8 +326,7 @@ SIZES = ((5, 32, 40), (5, 24, 36), (5, 16, 18), (3, 16, 14), (3, 12, 10), (2, 12
 
 def make_plan(run: Run) -> dict:
     """Return folds, width and epochs that fit into 7/8 of the time left: the machine may slow down."""
-    cfg, n = run.cfg, len(run.images)
-    m = len(run.data.test_images)
+    cfg, n, m = run.cfg, len(run.images), len(run.test_images)
 
     def cost(folds: int, speed: float) -> tuple[float, float, int]:
         """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
@@ -461,6 +460,7 @@ def open_run(cfg: Config) -> Run:
     if cfg.clean:
         lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
     neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
+    lib.keep_freed_memory()  # not before: the frames' peak would stay
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
     weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),

@@ -46,11 +46,11 @@ def test_a_resumed_run_keeps_its_threads(threads, monkeypatch):
 
 
 def test_freed_memory_is_kept():
-    """After set_threads a block of 64 MB used again and again is not fetched anew from the kernel: no page
+    """A block of 64 MB used again and again is not fetched anew from the kernel: no page
     faults (on glibc; each of 20 fresh blocks would cost 16,384)."""
     resource = pytest.importorskip("resource")
-    lib.set_threads(torch.get_num_threads())
-    for _ in range(2):
+    lib.keep_freed_memory()
+    for _ in range(10):
         torch.zeros(2**24).add_(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
