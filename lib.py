@@ -1074,6 +1074,13 @@ def option(default, text: str, valid=lambda value: isinstance(value, str) or 0 <
     return field(default=default, metadata={"help": text, "valid": valid})
 
 
+def is_path(value: str) -> bool:
+    """Return whether value can be the path of a file or folder."""
+    with contextlib.suppress(RuntimeError):  # ~nosuchuser
+        return bool(value) and "\0" not in value and bool(Path(value).expanduser())
+    return False
+
+
 def parse_flags(config: type, argv: list[str], description: str) -> dict:
     """Return field → value of the flags given in argv, for a dataclass whose flags are made by option().
 
@@ -1100,7 +1107,7 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if not fields[name].metadata["valid"](value):
-            complain(f"--{name.replace('_', '-')} {value}: out of range")
+            complain(f"--{name.replace('_', '-')} {value}: out of range ({fields[name].metadata['help']})")
     return given
 
 
@@ -1185,7 +1192,8 @@ class Clock:
 
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit, self.start = path, max_hours * 3600, time.monotonic()
-        self.before = read_json(path).get("seconds", 3.0)  # at first: what importing torch takes
+        before = read_json(path).get("seconds")  # at first: what importing torch takes
+        self.before = before if isinstance(before, (int, float)) and 0 <= before < math.inf else 3.0
 
     def used(self) -> float:
         return self.before + time.monotonic() - self.start
@@ -1218,18 +1226,21 @@ def predict_probs(model: UNet, make_input, num_images: int, device: torch.device
     batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves that fits into memory.
     """
     model.eval()
-    out, batch_size = [], batch_size or (64 if device.type == "cpu" else 1024)
-    while (i := sum(map(len, out))) < num_images:
+    out = np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
+    i, batch_size = 0, batch_size or (64 if device.type == "cpu" else 1024)
+    while i < num_images:
         try:
             x = make_input(slice(i, i + batch_size)).contiguous(memory_format=torch.channels_last)
             with autocast(device, dtype):
                 logits = [model(x)[0]] + ([model(x.flip(-1))[0].flip(-1)] if tta else [])
             probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
-            probs = F.pad((probs * 255).round(), (0, 0, 0, 0, first_class, 0))
-            out.append(probs.to(torch.uint8).cpu().numpy())
+            probs = F.pad((probs * 255).round(), (0, 0, 0, 0, first_class, 0)).to(torch.uint8)
+            out = np.empty((num_images, *probs.shape[1:]), np.uint8) if i == 0 else out
+            out[i:i + batch_size] = probs.cpu().numpy()
+            i += batch_size
         except RuntimeError as e:
             batch_size = smaller_batch(batch_size, e)
-    return np.concatenate(out) if out else np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
+    return out
 
 
 def smaller_batch(batch_size: int, error: RuntimeError) -> int:
@@ -1255,6 +1266,21 @@ def atomic_write(path: Path):
     os.replace(temporary, path)
 
 
+def lock_folder(folder: Path):
+    """Return an open file: until it is closed, or the process dies, no other process can lock this folder.
+    None where locks are not to be had. UserError if another process holds it."""
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+        file = open(folder / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run works in {folder.parent}: wait, or use another --out") from None
+        except OSError:  # a file system without locks
+            return None
+
+
 def read_json(path: Path) -> dict:
     """Return what write_json wrote, {} if there is no such file; UserError if it is damaged."""
     try:
@@ -1270,13 +1296,14 @@ def write_json(path: Path, value) -> None:
         f.write(json.dumps(value, indent=1).encode())
 
 
-def open_state(out: Path, identity: dict, fresh: bool) -> Path:
-    """Return the state folder inside out; UserError if it cannot be written, or holds a run that this one, of
-    another identity (plain values by name), cannot go on with. fresh throws an earlier run away."""
+def open_state(out: Path, identity: dict, fresh: bool) -> tuple[Path, object]:
+    """Return the state folder inside out, and its lock; UserError if it cannot be written, or holds a run
+    that this one, of another identity (plain values by name), cannot go on with; fresh throws that away."""
     file = out / "state" / "identity.json"
     identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(file.parent)
         for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
             for old in filter(Path.is_file, file.parent.glob(pattern)):
                 old.unlink()
@@ -1289,7 +1316,7 @@ def open_state(out: Path, identity: dict, fresh: bool) -> Path:
             raise UserError(f"--out {out} holds a run with {key} = {before.get(key)}, this one has "
                             f"{identity.get(key)}; use another --out, or --fresh to throw that run away")
     print(f"{'going on with the' if before else 'a new'} run in {out}")
-    return file.parent
+    return file.parent, lock
 
 
 def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None:
@@ -1488,4 +1515,4 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
             f"<h1>Mars terrain: the run</h1>{''.join(parts)}</html>")
     with atomic_write(out / "report.html") as f:
-        f.write(page.encode())
+        f.write(page.encode(errors="replace"))

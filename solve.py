@@ -35,8 +35,8 @@ class Config:
     """Every choice of a run. Fields made by option() are flags."""
 
     # input and output
-    data: str = option("data", "the competition's .npz, or the folder that holds it")
-    out: str = option("submission", "folder for everything that is written")
+    data: str = option("data", "the competition's .npz, or the folder that holds it", lib.is_path)
+    out: str = option("submission", "folder for everything that is written", lib.is_path)
     recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
     max_hours: float = option(11.0, "a submission exists before this many hours are over")
     seed: int = option(0, "seed of folds, weights and augmentation", lambda v: 0 <= v < 2**63)
@@ -116,6 +116,7 @@ class Run:
     masks: torch.Tensor         # int8 (N, H, W), on the device
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     loss_args: dict             # of lib.focal_loss
+    lock: object                # keeps other processes out of the folder as long as it lives
     plan: dict = field(default_factory=dict)
     fold_of: np.ndarray | None = None
     neighbours: np.ndarray | None = None  # (N + M, 4) of training and test tiles
@@ -203,8 +204,8 @@ def new_training(run: Run, stage: int, fold: int) -> dict:
 
 
 def batch_size(run: Run, images: int) -> int:
-    """Return the images a step: few images get smaller steps, not fewer."""
-    return min(run.cfg.batch_size, max(4, images // 16))
+    """Return the images a step: few images get smaller steps, not fewer; so does a small memory."""
+    return min(run.plan.get("batch_size", run.cfg.batch_size), max(4, images // 16))
 
 
 def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, train_index: torch.Tensor,
@@ -243,7 +244,7 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
     model.eval()
     loss = torch.zeros((), device=run.device)
     confusion = torch.zeros(NUM_CLASSES ** 2, dtype=torch.int64, device=run.device)
-    for part in index.split(64):
+    for part in index.split(2 * batch_size(run, len(run.images))):
         y = targets[part].long()
         with lib.autocast(run.device, run.dtype):
             x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
@@ -255,56 +256,81 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
     return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion)[0]}
 
 
+def resume(run: Run, stage: int, fold: int) -> tuple[dict, dict | None]:
+    """Return new_training's parts as the last epoch left them, and its checkpoint or None."""
+    parts, state = new_training(run, stage, fold), lib.load_checkpoint(run.checkpoint(stage, fold))
+    if state and not state["finished"]:
+        for name, part in parts.items():
+            part.load_state_dict(state.pop(name))
+    return parts, state
+
+
+def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tuple, key: tuple) -> dict | str:
+    """Train for an epoch and return its record, or a word on what went wrong. Without memory for it the batch
+    is halved. Args: split, the indices to train on and to validate on."""
+    try:
+        loss = train_one_epoch(run, parts, view, targets, split[0], key)
+        record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1])}
+    except RuntimeError as e:
+        run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(split[0])), e)
+        return "out of memory"
+    return record if np.isfinite(loss + record["val_loss"]) else "the loss is not finite"
+
+
 def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, deadline: float) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
 
     Args: targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock. A kill costs an epoch at most.
+    An epoch that went wrong is done again from the last good one at half the rate; UserError the third time.
     """
-    cfg, path = run.cfg, run.checkpoint(stage, fold)
-    train_index, val_index = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
+    cfg, path, failures = run.cfg, run.checkpoint(stage, fold), 0
+    split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    parts = new_training(run, stage, fold)
-    ema = parts["ema"]
-    state = lib.load_checkpoint(path)
+    parts, state = resume(run, stage, fold)
     if state is None:
         affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
         state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
                  "best": None, "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
-        if ema.residual:  # the untouched prior is a candidate too
-            state["best"] = copy.deepcopy(ema.state_dict())
-            state["best_figure"] = sign * evaluate(run, ema, view, targets, val_index)[chosen]
-    elif not state["finished"]:
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
+        if parts["ema"].residual:  # the untouched prior is a candidate too
+            state["best"] = copy.deepcopy(parts["ema"].state_dict())
+            state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, fold] = state["history"]
-    group = parts["optimizer"].param_groups[0]
     while not state["finished"]:
-        epoch, start = len(history) + 1, time.monotonic()
+        epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate = group["lr"]
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
-        loss = train_one_epoch(run, parts, view, targets, train_index, (stage, fold, epoch))
-        record = {"loss": loss, **evaluate(run, ema, view, targets, val_index), "lr": group["lr"]}
-        group["lr"] = rate
-        if not np.isfinite(loss + record["val_loss"]):
-            raise UserError(f"stage {stage}, fold {fold}, epoch {epoch}: the loss is not finite; "
-                            "try a smaller --lr")
+        record = attempt(run, parts, view, targets, split, (stage, fold, epoch))
+        if isinstance(record, str):
+            failures += record != "out of memory"  # that ends by itself, at a batch of one
+            record = f"stage {stage}, fold {fold}, epoch {epoch}: {record}"
+            if failures == 3:
+                raise UserError(f"{record}, three times; try a smaller --lr or --batch-size")
+            print(f"{record}; again from the last good one, at half the rate", flush=True)
+            parts = resume(run, stage, fold)[0]
+            parts["optimizer"].param_groups[0]["lr"] = rate / 2
+            continue
+        record["lr"], group["lr"] = group["lr"], rate
         figure = sign * record[chosen] if np.isfinite(record[chosen]) else -1.0  # nothing labelled here
         parts["scheduler"].step(figure)
         if state["best"] is None or figure > state["best_figure"]:
-            state |= {"best": copy.deepcopy(ema.state_dict()), "best_figure": figure, "best_epoch": epoch}
+            best = copy.deepcopy(parts["ema"].state_dict())
+            state |= {"best": best, "best_figure": figure, "best_epoch": epoch}
         record["seconds"] = time.monotonic() - start
         history.append(record)
         state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
                              or run.clock.used() + record["seconds"] > deadline)
         rest = {} if state["finished"] else {name: part.state_dict() for name, part in parts.items()}
-        lib.save_checkpoint(path, state | rest, keep_previous=not state["finished"])
-        run.clock.save()
+        try:
+            lib.save_checkpoint(path, state | rest, keep_previous=not state["finished"])
+            run.clock.save()
+        except OSError as e:  # a full disk: what is in memory can still win
+            print(f"{path}: not saved ({e.strerror}); going on without", flush=True)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
         print(f"stage {stage}  fold {fold}  epoch {epoch}/{state['epochs']}  {figures}  used "
               f"{run.clock.used() / 60:.1f} min", flush=True)
-    ema.load_state_dict(state["best"])
-    return ema
+    parts["ema"].load_state_dict(state["best"])
+    return parts["ema"]
 
 
 # ---------------------------------------------------------------------------------------- the plan
@@ -312,10 +338,15 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
 def measure_speed(run: Run, width: int, steps: int = 6) -> float:
     """Return the training speed, images/s, of a network of this width: from real steps after a first one."""
     run.plan["width"] = width
-    parts, index = new_training(run, 1, 0), torch.arange(len(run.images), device=run.device)
-    for count in (1, steps):
-        start = time.perf_counter()
-        train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), count)
+    index = torch.arange(len(run.images), device=run.device)
+    try:
+        parts = new_training(run, 1, 0)
+        for count in (1, steps):
+            start = time.perf_counter()
+            train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), count)
+    except RuntimeError as e:
+        run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
+        return measure_speed(run, width, steps)
     return steps * batch_size(run, len(index)) / (time.perf_counter() - start)
 
 
@@ -347,7 +378,7 @@ def make_plan(run: Run) -> dict:
     epochs = max(2, min(epochs, 2 * cfg.most_epochs))
     first = cfg.epochs or (round(0.6 * epochs) if cfg.stages == 2 else epochs)
     second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
-    return {"folds": folds, "width": width, "epochs": [first, second],
+    return {**run.plan, "folds": folds, "width": width, "epochs": [first, second],
             "epoch_seconds": [epoch_seconds, 1.05 * epoch_seconds], "predict_seconds": predict_seconds,
             "train_images_per_second": speed, "precision": str(run.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads()}
@@ -364,7 +395,14 @@ def train_stage(run: Run, stage: int, views: list[View], targets: torch.Tensor, 
         if new and (models or stage == 2) and used + seconds[stage - 1] > end:
             print(f"time is short: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
             break
-        models.append(fit(run, stage, fold, views[fold], targets, used + (end - used) / (run.folds - fold)))
+        try:
+            deadline = used + (end - used) / (run.folds - fold)
+            models.append(fit(run, stage, fold, views[fold], targets, deadline))
+        except UserError as e:
+            if stage == 1 and not models:
+                raise
+            print(f"{e}: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
+            break
         seconds[stage - 1] = float(np.median([epoch["seconds"] for epoch in run.histories[stage, fold]]))
     return models
 
@@ -395,8 +433,9 @@ def predicted_cells(run: Run, models: list[lib.UNet], probs: np.ndarray) -> list
     ours = lib.to_cells(probs) / 255
     if not len(run.test_images):
         return [ours] * run.folds
-    test = (predict(run, model, View(run.test_images), tta=False) for model in models)
-    return [np.concatenate([ours, lib.to_cells(one) / 255]) for one in test]
+    parts = [View(part) for part in run.test_images.split(500)]  # bounded memory
+    cells = ((lib.to_cells(predict(run, one, part, tta=False)) / 255 for part in parts) for one in models)
+    return [np.concatenate([ours, *test]) for test in cells]
 
 
 def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -> np.ndarray:
@@ -449,7 +488,7 @@ def open_run(cfg: Config) -> Run:
     identity = {"data_sha256": data.sha256, **dataclasses.asdict(cfg)}
     for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
         del identity[key]
-    state = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh)
+    state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh)
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
     device, why = lib.pick_device(cfg.device)
@@ -465,7 +504,7 @@ def open_run(cfg: Config) -> Run:
     weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
               torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
-              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha, "weight": weight})
+              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha, "weight": weight}, lock)
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
@@ -479,36 +518,50 @@ def open_run(cfg: Config) -> Run:
     return run
 
 
+def refine(run: Run, models: list[lib.UNet], probs: np.ndarray, labels: dict, metrics: dict,
+           end: float) -> tuple[list[list[lib.UNet]], list[np.ndarray], np.ndarray]:
+    """Return all stages' networks, each fold's evidence of the frames on the test set, and the last
+    out-of-fold probs, given stage 1's; what each step says and scores goes into labels and metrics."""
+    known, ratios, stages = [], [], [models]
+    if run.place is not None:
+        metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
+        said = predicted_cells(run, models, probs)
+        known, ratios = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
+    if known or run.cfg.stages == 2:
+        views = [second_view(run, run.images, probs, ratio) for ratio in known or [None] * run.folds]
+    if known:
+        probs = probs.copy()
+        for fold, view in enumerate(views):
+            probs[run.fold_of == fold] = view.probs[run.index(run.fold_of == fold)].cpu().numpy()
+        labels["frames"] = score(run, "frames", probs, metrics, run.folds)
+    if run.cfg.stages == 2:
+        targets = run.masks
+        if run.cfg.refine == "background":
+            targets = torch.where(views[0].cleaned == 0, targets, -1)
+        second = train_stage(run, 2, views, targets, end)
+        if len(second) == run.folds:
+            stages.append(second)
+            probs = out_of_fold(run, second, views)
+            labels["stage2"] = score(run, "stage2", probs, metrics, run.folds, labels["stage1"])
+    return stages, ratios, probs
+
+
 def solve(cfg: Config) -> dict:
     """Run everything and return the metrics that metrics.json holds."""
     run = open_run(cfg)
     end = 0.97 * run.clock.limit - run.plan["predict_seconds"]
     used, share = run.clock.used(), run.plan["epochs"][0] / sum(run.plan["epochs"])
     metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
-    views, labels, known, ratios = [View(run.images)] * run.folds, {}, [], []
+    views, labels, ratios = [View(run.images)] * run.folds, {}, []
     stages = [train_stage(run, 1, views, run.masks, used + (end - used) * share)]
     probs = out_of_fold(run, stages[0], views)
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
-    complete = len(stages[0]) == run.folds
-    if complete and run.place is not None:
-        metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
-        said = predicted_cells(run, stages[0], probs)
-        known, ratios = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
-    if complete and (known or cfg.stages == 2):
-        views = [second_view(run, run.images, probs, ratio) for ratio in known or [None] * run.folds]
-    if known:
-        for fold, view in enumerate(views):
-            probs[run.fold_of == fold] = view.probs[run.index(run.fold_of == fold)].cpu().numpy()
-        labels["frames"] = score(run, "frames", probs, metrics, run.folds)
-    if complete and cfg.stages == 2:
-        targets = run.masks
-        if cfg.refine == "background":
-            targets = torch.where(views[0].cleaned == 0, targets, -1)
-        models = train_stage(run, 2, views, targets, end)
-        if len(models) == run.folds:
-            stages.append(models)
-            probs = out_of_fold(run, models, views)
-            labels["stage2"] = score(run, "stage2", probs, metrics, run.folds, labels["stage1"])
+    if len(stages[0]) == run.folds:
+        try:
+            stages, ratios, probs = refine(run, stages[0], probs, labels, metrics, end)
+        except Exception as e:  # whatever it is, there is something to submit
+            print(f"after stage 1: {type(e).__name__}: {e}; stage 1 is submitted", flush=True)
+            labels = {"stage1": labels["stage1"]}
     # the published system always submits its second stage
     best = max(labels, key=lambda name: metrics[f"{name}_miou"]) if cfg.refine == "correct" else [*labels][-1]
     metrics["submitted"] = best
@@ -517,8 +570,11 @@ def solve(cfg: Config) -> dict:
     lib.write_json(run.state.parent / "metrics.json", metrics)
     shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
     facts = {**lib.fingerprint(run.data), **dataclasses.asdict(run.cfg), **run.plan, "device": run.device}
-    lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels, probs.max(1),
-                     run.place, test_labels)
+    try:
+        lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels,
+                         probs.max(1), run.place, test_labels)
+    except OSError as e:  # a full disk: the submission is written
+        print(f"report.html: not written ({e.strerror})")
     for file in sorted(run.state.parent.glob("*.*")):
         print(f"written: {file}")
     return metrics
@@ -540,8 +596,8 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarra
     """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known;
     return the labels submitted, uint8 (M, H, W)."""
     file, parts, sure = run.state.parent / "submission.csv", {}, []
-    for start in range(0, len(run.test_images), 1000):  # bounded memory
-        for name, sums in predict_test(run, stages, ratios, slice(start, start + 1000)).items():
+    for start in range(0, len(run.test_images), 500):  # bounded memory
+        for name, sums in predict_test(run, stages, ratios, slice(start, start + 500)).items():
             first = parts["stage1"][-1] if name == "stage2" else None
             parts.setdefault(name, []).append(final_masks(run, sums, first))
             if name == metrics["submitted"]:

@@ -56,3 +56,24 @@ def write_npz(tmp_path):
         return path
 
     return write
+
+
+def pytest_configure(config):
+    """Register the marker of tests that are run by hand: pytest tests/ -m long."""
+    config.addinivalue_line("markers", "long: takes minutes; left out unless asked for by -m long")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the long tests unless they are asked for."""
+    if "long" not in (config.option.markexpr or ""):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="long: pytest tests/ -m long"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Count the bad inputs that test_faults tried: each of its tests but the two on the file itself is one."""
+    done = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())
+            if "test_faults.py::test_" in report.nodeid and "_row" not in report.nodeid]
+    if done:
+        terminalreporter.write_line(f"faults: {len(done)} bad inputs tried")

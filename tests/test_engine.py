@@ -17,7 +17,7 @@ def threads():
 
 
 def convolution(slow, monkeypatch):
-    """Let the timed convolution take slow[threads] seconds, as other processes on the machine would make it."""
+    """Let the timed convolution take slow[threads] seconds, as other processes would make it."""
     monkeypatch.setattr(lib, "_conv_seconds", lambda dtype: slow[torch.get_num_threads()])
 
 

@@ -1,0 +1,516 @@
+"""The 54 faults of a run, by number: test_NN_what proves row NN, most of them by the command itself.
+
+The rows' single cases are tried at greater length where their code is tested: the data (1 to 19) in test_data,
+the files in test_checkpoints and test_submission. How many bad inputs were tried is printed at the end.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_checkpoints
+import test_data
+import test_submission
+import torch
+from conftest import ROOT, tiny_arrays
+from test_solve import FAST, refused, start, write
+
+import lib
+import solve
+
+CASES = {number: [name for name in test_data.FAULTS if name.startswith(number)]
+         for number in sorted({name[:2] for name in test_data.FAULTS})}
+
+
+def finished(argv, *expected):
+    """Run the command; assert that it ends well, with a checked submission, and says all of expected."""
+    status, out, err = start(argv)
+    assert status == 0, err
+    for part in expected:
+        assert re.search(part, out), f"{part} is not in:\n{out}"
+    assert "submission.csv, 6 rows, checked" in out
+    return out
+
+
+@pytest.fixture
+def argv(tmp_path):
+    """A whole run on tiny data, two folds of two epochs a stage, as the words of a command."""
+    return ["--data", write(tmp_path), "--out", tmp_path / "out", *FAST]
+
+
+def failing(function, error, *calls):
+    """Return function, that raises error at these calls of it (counted from 1), or at all if none is given."""
+    count = 0
+
+    def wrapper(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if not calls or count in calls:
+            raise error
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+# ------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize("name", [name for names in CASES.values() for name in names])
+def test_01_to_17_of_the_data(tmp_path, name):
+    """A path, an archive, a shape, a type or a value that is wrong is one sentence; --out is not even made."""
+    folder = tmp_path / "data set"
+    folder.mkdir()
+    make, expected = test_data.FAULTS[name]
+    refused(["--data", make(folder), "--out", tmp_path / "out", *FAST], *expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_row_of_the_data_has_a_case():
+    """Rows 1 to 17 are each among the bad files above; 2, 3, 5 and 6 by their own names."""
+    assert set(CASES) >= {f"{row:02}" for row in range(1, 18)} - {"13"}
+
+
+def test_13_types(tmp_path):
+    """Big-endian integers and reversed views give the same data as plain bytes."""
+    plain = lib.load_data(write(tmp_path))
+    for change in (lambda x: x.astype(">i4"), lambda x: np.ascontiguousarray(x[::-1])[::-1]):
+        other = lib.load_data(write(tmp_path, training_set=change(tiny_arrays()["training_set"])))
+        np.testing.assert_array_equal(other.images, plain.images)
+
+
+def test_18_duplicates(tmp_path):
+    """A test image that is also a training image is counted in the run's first lines."""
+    test = tiny_arrays()["test_set"].copy()
+    test[3] = tiny_arrays()["training_set"][5, 0]
+    finished(["--data", write(tmp_path, test_set=test), "--out", tmp_path / "out", *FAST], "1 test image")
+
+
+def test_19_odd_sizes(tmp_path):
+    """Tiles of 65×127 are padded inside: the submission has their 8,255 pixels a row."""
+    data = tmp_path / "odd.npz"
+    np.savez(data, **tiny_arrays(8, 6, 65, 127))
+    finished(["--data", data, "--out", tmp_path / "out", *FAST, "--stages", "1"])
+    assert (tmp_path / "out" / "submission.csv").read_text().splitlines()[1].count(",") == 65 * 127
+
+
+# ------------------------------------------------------------------------------ cleaning and morphology
+
+
+@pytest.mark.parametrize("template,word", [(np.full((9, 9), 80.0), "flat"), (np.eye(99), "larger")])
+def test_20_21_templates(template, word):
+    """A flat template, which OpenCV finds everywhere, and one larger than the image are refused."""
+    images, masks = (tiny_arrays()["training_set"][:, i] for i in (0, 1))
+    with pytest.raises(lib.UserError, match=word):
+        lib.template_scores(images, masks, np.zeros(len(images), bool), template)
+
+
+def test_22_23_types_of_images():
+    """NaN in an image gives no NaN in a score, and float64 images the scores of their uint8 ones."""
+    images, masks = (tiny_arrays()["training_set"][:, i] for i in (0, 1))
+    plain, double = (lib.autoencoder_scores(x, masks) for x in (images, images.astype(np.float64)))
+    np.testing.assert_array_equal(plain, double)
+    broken = images.astype(np.float64)
+    broken[2, 3:5] = np.nan
+    assert np.isfinite(lib.autoencoder_scores(broken, masks)).all()
+
+
+def test_24_insane_cut(tmp_path, monkeypatch):
+    """A witness that names half of the images is not believed: the run says so and keeps all of them."""
+    monkeypatch.setattr(lib, "mask_copies", lambda images, masks: np.arange(len(images)) % 2 * 9.0)
+    flags = [word for word in FAST if word != "--no-clean"] + ["--witnesses", "masks"]
+    finished(["--data", write(tmp_path), "--out", tmp_path / "out", *flags], "refused, all are kept",
+             "0 of 24 training images")
+
+
+def test_25_diverged_autoencoder(tmp_path, monkeypatch):
+    """An autoencoder whose loss is no number any more is left out, and it is said."""
+    monkeypatch.setattr(lib.F, "mse_loss", lambda *_: torch.tensor(float("nan")))
+    flags = [word for word in FAST if word != "--no-clean"]
+    finished(["--data", write(tmp_path), "--out", tmp_path / "out", *flags], "without the autoencoder")
+
+
+def test_26_decisions_are_kept(argv, monkeypatch):
+    """The second start does not look for intruders again."""
+    flags = [word for word in argv if word != "--no-clean"]
+    finished(flags)
+    monkeypatch.setattr(lib, "find_outliers", failing(lib.find_outliers, AssertionError("looked again")))
+    finished(flags)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.int8, bool])
+def test_27_types_of_masks(dtype):
+    """Morphology takes any integers, and gives their type back."""
+    mask = np.zeros((1, 9, 9), dtype)
+    mask[0, 2:7, 2:7] = 1
+    assert lib.clean_masks(mask).dtype == dtype and (lib.clean_masks(mask) == mask).all()
+
+
+def test_28_renumbered_classes():
+    """Renumbering the classes renumbers the cleaned mask, and does nothing else."""
+    masks = np.random.default_rng(0).integers(0, 5, (4, 20, 30)).astype(np.uint8)
+    new = np.array([3, 0, 4, 1, 2], np.uint8)
+    np.testing.assert_array_equal(lib.clean_masks(new[masks]), new[lib.clean_masks(masks)])
+
+
+def test_29_small_rocks_stay():
+    """A class that is one pixel of a mask is still there after opening and closing."""
+    mask = np.ones((1, 9, 9), np.uint8)
+    mask[0, 4, 4] = 4
+    assert 4 in lib.clean_masks(mask)
+
+
+# ------------------------------------------------------------------------------ training
+
+
+def nan_loss(monkeypatch, *calls):
+    """Let the loss be no number at these calls, or always."""
+    real, count = lib.deep_supervision_loss, [0]
+
+    def loss(*args, **kwargs):
+        count[0] += 1
+        factor = float("nan") if not calls or count[0] in calls else 1.0
+        return real(*args, **kwargs) * factor
+
+    monkeypatch.setattr(lib, "deep_supervision_loss", loss)
+
+
+@pytest.mark.parametrize("call", [1, 20, 21, 30, 40])
+def test_30_not_a_number_once(argv, monkeypatch, call):
+    """One loss that is no number, at any step, costs that epoch at most: no weight is NaN, the run ends well."""
+    nan_loss(monkeypatch, call)
+    finished(argv)
+    for file in (argv[3] / "state").glob("stage?_fold?.pt"):
+        best = lib.load_checkpoint(file)["best"]
+        assert all(torch.isfinite(value.float()).all() for value in best.values())
+
+
+def test_30_not_a_number_for_ever(argv, monkeypatch):
+    """If every step is no number, the third attempt ends with a sentence that says what to try."""
+    nan_loss(monkeypatch)
+    refused(argv, "stage 1, fold 0, epoch 1", "not finite", "--lr")
+
+
+def test_30_half_the_rate(argv, monkeypatch):
+    """The epoch that went wrong is done again at half the rate, from the last good weights."""
+    nan_loss(monkeypatch, 8)  # 7 steps are the plan's measurement
+    out = finished([*argv, "--folds", "2"], "again from the last good one, at half the rate")
+    rates = [float(rate) for rate in re.findall(r"stage 1  fold 0  epoch \d.*  lr ([\d.e-]+)", out)]
+    assert rates[0] == pytest.approx(0.01) and len(rates) == 2
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0])
+def test_31_focal_loss_at_its_ends(gamma):
+    """At logits of ±200 value and gradient are finite, whatever γ."""
+    logits = torch.tensor([[[200.0, -200.0, 0.0]], [[-200.0, 200.0, 0.0]]]).transpose(0, 1)[..., None]
+    logits = logits.clone().requires_grad_()
+    loss = lib.focal_loss(logits, torch.zeros(1, 3, 1, dtype=torch.int64), gamma)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all()
+
+
+def test_32_scaler_skips_the_first_step(argv):
+    """Half precision, whose scaler overflows at first, trains to a submission."""
+    at = argv.index("float32")
+    finished([*argv[:at], "float16", *argv[at + 1:]], "float16")
+
+
+@pytest.mark.parametrize("name", ["train_one_epoch", "evaluate"])
+def test_33_out_of_memory_in_training(argv, monkeypatch, name):
+    """Half the batch, the same epoch again; the run says so and ends well."""
+    monkeypatch.setattr(solve, name, failing(getattr(solve, name), MEMORY, 4))
+    finished(argv, r"out of memory at \d+ images: going on with \d+")
+
+
+def test_33_out_of_memory_for_ever(argv, monkeypatch):
+    """With no batch small enough the run ends in one sentence."""
+    monkeypatch.setattr(solve, "train_one_epoch", failing(solve.train_one_epoch, MEMORY))
+    refused(argv, "memory", "--width")
+
+
+def test_33_out_of_memory_in_stage_2(argv, monkeypatch):
+    """If stage 2 finds no memory at all, stage 1 is submitted."""
+    real = solve.train_one_epoch
+
+    def train(run, parts, view, *rest):
+        if view.probs is not None:
+            raise MEMORY
+        return real(run, parts, view, *rest)
+
+    monkeypatch.setattr(solve, "train_one_epoch", train)
+    finished(argv, "stage 2 ends after 0 of 2 folds", "submitted: stage1")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), ValueError("a bug"), FULL, MEMORY])
+@pytest.mark.parametrize("name", ["second_view", "predicted_cells"])
+def test_a_submission_whatever_fails_after_stage_1(argv, monkeypatch, error, name):
+    """Stage 1 is submitted if what comes after it fails, be it by a fault of the kit."""
+    monkeypatch.setattr(solve, name, failing(getattr(solve, name), error, 1))
+    out = finished(argv)
+    assert "submitted: stage1" in out or name == "predicted_cells"  # not called when no frame is found
+
+
+def test_34_last_batch_of_one_image(tmp_path):
+    """Batches of 4 of 13 images: the last one holds one image, and batch norm takes it."""
+    arrays = tiny_arrays(13, 6)
+    np.savez(tmp_path / "mars.npz", **arrays)
+    finished(["--data", tmp_path / "mars.npz", "--out", tmp_path / "out", *FAST, "--rare-repeat", "1", "--batch-size", "4",
+              "--folds", "1", "--stages", "1"])
+
+
+def test_35_gpu_that_is_there_but_unusable(monkeypatch):
+    """A GPU that dies at its first kernel, as a P100 does with today's builds: the CPU, and how to get another."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.nn.Conv2d, "to", failing(None, RuntimeError("no kernel image is available")))
+    device, why = lib.pick_device("auto")
+    assert device.type == "cpu" and "no kernel image" in why and "GPU T4 x2" in why
+
+
+def test_35_gpu_asked_for_and_not_there():
+    """--device cuda without one is a sentence."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(lib.UserError, match="--device cpu"):
+        lib.pick_device("cuda")
+
+
+PHASES = {"cleaning": "device:", "training": "plan:", "stage 2": "stage1 out of fold", "the end": "stage2 out of fold"}
+
+
+@pytest.mark.parametrize("sig,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("phase", PHASES)
+def test_36_signals(tmp_path, phase, sig, status):
+    """In each phase SIGTERM ends with 143 and Ctrl-C with 130 and one sentence; the next start ends well."""
+    flags = [word for word in FAST if word != "--no-clean"]
+    argv = ["--data", write(tmp_path), "--out", tmp_path / "out", *flags]
+    child = launch(argv)
+    for line in child.stdout:
+        if line.startswith(PHASES[phase]):
+            break
+    child.send_signal(sig)
+    err = child.communicate(timeout=60)[1]
+    if child.returncode:  # the last phase may be over first
+        assert child.returncode == status and err.count("\n") == 1 and "goes on" in err
+    if phase == "stage 2":
+        finished(argv)
+
+
+def launch(argv):
+    """Start the command as a process of its own."""
+    return subprocess.Popen([sys.executable, "-u", ROOT / "solve.py", *map(str, argv)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+@pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.long)])
+def test_37_killed_at_any_moment(tmp_path, kills):
+    """SIGKILL at random moments from cleaning to the CSV: the same command goes on, at most one epoch is done
+    twice a kill, and the submission has the bytes of an undisturbed run."""
+    flags = [word for word in FAST if word != "--no-clean"]
+    data = write(tmp_path)
+    began = time.monotonic()
+    whole = launch(["--data", data, "--out", tmp_path / "whole", *flags])
+    assert whole.wait(120) == 0
+    lifetime, rng, lives = time.monotonic() - began, random.Random(0), 0
+    want, where = (tmp_path / "whole" / "submission.csv").read_bytes(), []
+    for kill in range(kills):
+        argv = ["--data", data, "--out", tmp_path / f"out{lives}", *flags]
+        child, lines = launch(argv), []
+        os.set_blocking(child.stdout.fileno(), False)
+        time.sleep(rng.uniform(0.4, 1.0) * lifetime * (1 if kill % 2 else 0.7))
+        child.kill()
+        said = "".join(child.stdout.readlines() or lines)
+        child.wait()
+        where.append(said.strip().splitlines()[-1].split("  ")[0][:20] if said.strip() else "the start")
+        if child.returncode == 0 or kill % 5 == 4:  # over before the kill, or enough of it: let it end
+            last = launch(argv)
+            out, err = last.communicate(timeout=120)
+            assert last.returncode == 0, err
+            assert (tmp_path / f"out{lives}" / "submission.csv").read_bytes() == want
+            epochs = re.findall(r"stage \d  fold \d  epoch \d", said + out)
+            assert len(epochs) <= len(set(epochs)) + 1
+            lives += 1
+    print(f"{kills} kills, last line before each: {sorted(set(where))}")
+
+
+# ------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("what", ["fold", "submission.csv", "report.html"])
+def test_38_full_disk(argv, monkeypatch, what):
+    """Without room for a checkpoint the run goes on; without room for the CSV it says so, and the next start
+    needs no training; without room for the report the submission is there."""
+    real = lib.atomic_write
+
+    def write_atomically(path):
+        if what in path.name:
+            raise FULL
+        return real(path)
+
+    monkeypatch.setattr(lib, "atomic_write", write_atomically)
+    if what == "submission.csv":
+        refused(argv, "No space left")
+        monkeypatch.setattr(lib, "atomic_write", real)
+        assert "epoch 1/" not in finished(argv)
+    else:
+        finished(argv, "No space left")
+
+
+def test_39_out_that_cannot_be_written(tmp_path):
+    """--out below a file is refused with its name."""
+    data = write(tmp_path)
+    refused(["--data", data, "--out", data / "out", *FAST], "cannot be written", "choose another folder")
+
+
+def test_40_two_runs_in_one_folder(tmp_path):
+    """The second is refused; once the first is killed, the folder is free again."""
+    argv = ["--data", write(tmp_path), "--out", tmp_path / "out", *FAST]
+    first = launch([*argv, "--epochs", "999"])
+    for line in first.stdout:
+        if line.startswith("plan:"):
+            break
+    refused(argv, "another run works in", "--out")
+    first.kill()
+    first.communicate()
+    finished([*argv, "--fresh"])
+
+
+@pytest.mark.parametrize("kind", test_checkpoints.DAMAGED)
+def test_41_damaged_checkpoints(tmp_path, kind):
+    """Empty, cut, text or evil: never executed, the one before is taken."""
+    test_checkpoints.test_anything_else_is_refused_and_never_executed(tmp_path, kind)
+
+
+@pytest.mark.parametrize("flag,value,field", [("--seed", "5", "seed"), ("--width", "8", "width"),
+                                              ("--lr", "0.5", "lr"), ("--data", "other.npz", "data_sha256")])
+def test_42_another_run(tmp_path, flag, value, field):
+    """--out that holds a run of another seed, network, rate or file is refused, the field named."""
+    argv = ["--data", write(tmp_path), "--out", tmp_path / "out", *FAST, "--stages", "1"]
+    finished(argv)
+    if flag == "--data":
+        value = write(tmp_path, value, **tiny_arrays(seed=1))
+    refused([*argv, flag, value], f"with {field} = ", "--fresh")
+
+
+def test_42_another_version(tmp_path):
+    """State of other names, as another version may leave it, is refused by the name."""
+    argv = ["--data", write(tmp_path), "--out", tmp_path / "out", *FAST, "--stages", "1"]
+    finished(argv)
+    file = tmp_path / "out" / "state" / "identity.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "depth": 5}))
+    refused(argv, "depth = 5")
+
+
+def test_43_44_45_what_a_checkpoint_holds(argv, monkeypatch):
+    """Plain values and tensors that weights_only takes; no prefix of a wrapper; the plateau's state."""
+    monkeypatch.setattr(solve, "evaluate", failing(solve.evaluate, KeyboardInterrupt(), 2))
+    assert start(argv)[0] == 130
+    state = lib.load_checkpoint(argv[3] / "state" / "stage1_fold0.pt")
+    assert state["scheduler"]["num_bad_epochs"] is not None and not state["finished"]
+    assert not [key for key in state["model"] if key.startswith(("module.", "_orig_mod."))]
+
+
+def test_46_finished_run(argv, monkeypatch):
+    """Once more: no network is trained."""
+    finished(argv)
+    monkeypatch.setattr(solve, "train_one_epoch", failing(None, AssertionError("trained again")))
+    finished(argv)
+
+
+@pytest.mark.parametrize("hours", ["0", "0.00001", "0.0015"])
+def test_47_no_time(argv, hours):
+    """A budget of nothing, of less than an epoch, and one that is over in the middle: a submission."""
+    finished([*argv, "--max-hours", hours])
+
+
+@pytest.mark.parametrize("seconds", ["NaN", "-1e9", '"soon"', "null", "1e400"])
+def test_47_damaged_clock(argv, seconds):
+    """A clock that holds no time starts anew."""
+    finished(argv)
+    (argv[3] / "state" / "clock.json").write_text(f'{{"seconds": {seconds}}}')
+    finished(argv)
+
+
+# ------------------------------------------------------------------------------ output and notebook
+
+
+@pytest.mark.parametrize("name", test_submission.FAULTS)
+def test_48_checker(tmp_path, name):
+    """The checker says what is wrong with a submission, and where."""
+    test_submission.test_checker_names_the_fault(tmp_path, name)
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "tqdm"])
+def test_49_without(argv, module):
+    """The run ends well where a package for pictures or bars is missing."""
+    code = f"import sys; sys.modules['{module}'] = None; import solve; sys.exit(solve.main(sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_50_no_terminal(argv):
+    """Into a file the output has a line an epoch and nothing is drawn twice."""
+    out = finished(argv)
+    assert "\r" not in out and "\x1b" not in out and len(re.findall("stage 1  fold 0  epoch", out)) == 2
+
+
+def test_51_pasted_cell():
+    """Without __file__ the last line calls main([]), whatever the kernel's arguments are."""
+    last = ast.parse((ROOT / "solve.py").read_text()).body[-1]
+    code = compile(ast.Module([last], []), "cell", "exec")
+    for _ in range(2):
+        got = []
+        exec(code, {"__name__": "__main__", "main": got.append, "sys": sys})
+        assert got == [[]]
+
+
+@pytest.mark.parametrize("flag,near", [("--fold", "--folds"), ("--epoch", "--epochs"), ("--ouut", "--out")])
+def test_52_mistyped_flag(flag, near):
+    """An unknown flag names the nearest."""
+    refused([flag, "3"], f"did you mean {near}?")
+
+
+def test_53_paths(tmp_path):
+    """Spaces and umlauts in paths, and a locale without them, are no trouble."""
+    folder = tmp_path / "Mars Gelände"
+    folder.mkdir()
+    argv = ["--data", write(folder), "--out", folder / "the out", *FAST]
+    done = subprocess.run([sys.executable, ROOT / "solve.py", *map(str, argv)], capture_output=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0, done.stderr
+    assert (folder / "the out" / "submission.csv").exists()
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x", "x" * 300, "a\0b", ""])
+@pytest.mark.parametrize("flag", ["--data", "--out"])
+def test_53_impossible_paths(argv, flag, path):
+    """A path that cannot be is a sentence."""
+    refused([*argv, flag, path])
+
+
+def test_54_more_ranks(argv, monkeypatch):
+    """Under torchrun this version's other ranks leave at once, and well: none can be waited for."""
+    monkeypatch.setenv("RANK", "1")
+    status, out, _ = start(argv)
+    assert status == 0 and "one process" in out and not argv[3].exists()
+
+
+def test_all_rows_are_here():
+    """Each of the 54 rows has its test in this file."""
+    names = re.findall(r"^def test_(\d\d)_(?:to_)?(\d\d)?_?(\d\d)?", Path(__file__).read_text(), re.M)
+    rows = {int(number) for name in names for number in name if number} | set(range(1, 18))
+    assert rows == set(range(1, 55))
