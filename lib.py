@@ -860,6 +860,12 @@ def flip(x: torch.Tensor, y: torch.Tensor, dim: int, gen: torch.Generator) -> Ba
     return x, torch.where(who[:, None, None], y.flip(dim), y)
 
 
+def halve(x: torch.Tensor, y: torch.Tensor) -> Batch:
+    """Return images of half the side, means of 2×2 pixels, and the masks' every second pixel."""
+    return (F.avg_pool2d(x, 2, ceil_mode=True).contiguous(memory_format=torch.channels_last),
+            y[:, ::2, ::2])
+
+
 def affine(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator, shift: float, scale: float,
            degrees: float, p: float = 0.5) -> Batch:
     """Move, zoom and turn each image with probability p, mirrored at the border, masks by nearest pixel.

@@ -192,7 +192,7 @@ def nan_loss(monkeypatch, *calls):
 
 @pytest.mark.parametrize("call", [1, 20, 21, 30, 40])
 def test_30_not_a_number_once(argv, monkeypatch, call):
-    """One loss that is no number, at any step, costs that epoch at most: no weight is NaN, the run ends well."""
+    """One loss that is no number, at any step, costs that epoch: no weight is NaN, the run ends well."""
     nan_loss(monkeypatch, call)
     finished(argv)
     for file in (argv[3] / "state").glob("stage?_fold?.pt"):
@@ -269,12 +269,12 @@ def test_34_last_batch_of_one_image(tmp_path):
     """Batches of 4 of 13 images: the last one holds one image, and batch norm takes it."""
     arrays = tiny_arrays(13, 6)
     np.savez(tmp_path / "mars.npz", **arrays)
-    finished(["--data", tmp_path / "mars.npz", "--out", tmp_path / "out", *FAST, "--rare-repeat", "1", "--batch-size", "4",
-              "--folds", "1", "--stages", "1"])
+    finished(["--data", tmp_path / "mars.npz", "--out", tmp_path / "out", *FAST, "--rare-repeat", "1",
+              "--batch-size", "4", "--folds", "1", "--stages", "1"])
 
 
 def test_35_gpu_that_is_there_but_unusable(monkeypatch):
-    """A GPU that dies at its first kernel, as a P100 does with today's builds: the CPU, and how to get another."""
+    """A GPU that dies at its first kernel, as a P100 does with today's builds: the CPU, and what to choose."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.nn.Conv2d, "to", failing(None, RuntimeError("no kernel image is available")))
     device, why = lib.pick_device("auto")
@@ -289,7 +289,8 @@ def test_35_gpu_asked_for_and_not_there():
         lib.pick_device("cuda")
 
 
-PHASES = {"cleaning": "device:", "training": "plan:", "stage 2": "stage1 out of fold", "the end": "stage2 out of fold"}
+PHASES = {"cleaning": "device:", "training": "plan:", "stage 2": "stage1 out of fold",
+          "the end": "stage2 out of fold"}
 
 
 @pytest.mark.parametrize("sig,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

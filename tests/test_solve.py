@@ -706,7 +706,8 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     views = solve.View(run.images), solve.second_view(run, run.images, probs, None)
     changed = []
     for view in views:
-        x, y = solve.training_batch(run, view, run.masks, every, donors, torch.Generator().manual_seed(0))
+        gen = torch.Generator().manual_seed(0)
+        x, y = solve.training_batch(run, view, run.masks, every, donors, gen, False)
         plain = solve.network_input(run, view, every)[:, :1]
         same = [
             any(torch.equal(x[i, :1], image) and torch.equal(y[i], mask) for image, mask in pair)
