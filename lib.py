@@ -860,12 +860,6 @@ def flip(x: torch.Tensor, y: torch.Tensor, dim: int, gen: torch.Generator) -> Ba
     return x, torch.where(who[:, None, None], y.flip(dim), y)
 
 
-def halve(x: torch.Tensor, y: torch.Tensor) -> Batch:
-    """Return images of half the side, means of 2×2 pixels, and the masks' every second pixel."""
-    return (F.avg_pool2d(x, 2, ceil_mode=True).contiguous(memory_format=torch.channels_last),
-            y[:, ::2, ::2])
-
-
 def affine(x: torch.Tensor, y: torch.Tensor, gen: torch.Generator, shift: float, scale: float,
            degrees: float, p: float = 0.5) -> Batch:
     """Move, zoom and turn each image with probability p, mirrored at the border, masks by nearest pixel.
@@ -982,22 +976,20 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------------- 7. loss
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, gamma: float, alpha: float = 1.0,
-               weight: torch.Tensor | None = None, ignore_index: int = -1) -> torch.Tensor:
+               ignore_index: int = -1) -> torch.Tensor:
     """Return the mean of -α (1 - p)^γ log p over the pixels whose target is not ignore_index; 0 if none is.
 
-    γ = 0 and α = 1 is cross-entropy. With class weights the mean is the weighted one, as in PyTorch's.
+    γ = 0 and α = 1 is cross-entropy.
     Shape: logits (B, C, H, W) any float type; target (B, H, W) integer. Stable for any finite logits.
     Source: Lin et al. 2017, equation 5 (the paper's equation 1).
     """
     counted = target != ignore_index
-    target = torch.where(counted, target, 0).long()
-    log_p = F.log_softmax(logits.float(), 1).gather(1, target[:, None])[:, 0]
+    log_p = F.log_softmax(logits.float(), 1).gather(1, torch.where(counted, target, 0).long()[:, None])[:, 0]
     loss = -alpha * log_p
     if gamma:
         # clamped: (1 - p)^γ has an infinite slope at p = 1 for γ < 1, and inf × 0 is NaN
         loss = loss * (-torch.expm1(log_p)).clamp_min(1e-6) ** gamma
-    scale = counted.float() if weight is None else weight[target] * counted
-    return (loss * scale).sum() / scale.sum().clamp_min(1e-6)
+    return (loss * counted).sum() / counted.sum().clamp_min(1)
 
 
 def deep_supervision_loss(logits: list[torch.Tensor], target: torch.Tensor, level_weights: tuple[float, ...],

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import lib
 from lib import NUM_CLASSES, UserError, option
@@ -61,8 +62,8 @@ class Config:
     batch_size: int = option(32, "images a step", lambda value: value > 0)
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    rare_weight: float = option(1.0, "loss weight of classes under 2 %% of the pixels", lambda v: 0 < v < 1e6)
-    rare_repeat: int = option(4, "how often an epoch shows images that hold such a class", lambda v: v > 0)
+    rare_repeat: int = option(4, "how often an epoch shows images that hold a class under 2 %% of the pixels",
+                              lambda value: value > 0)
     paste: float = option(0.25, "share of images that get patches of such a class", lambda v: 0 <= v <= 1)
     patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
@@ -83,8 +84,8 @@ class Config:
     level_weights: tuple = (0.1, 0.1, 0.1)  # of the outputs at 1/2, 1/4 and 1/8 of the size
 
 
-PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_weight=1.0,
-             rare_repeat=1, patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
+PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1,
+             patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
              geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False, most_epochs=300,
              weight_decay=0.0, cooldown=0.0, small_share=0.0, level_weights=(0.2, 0.3, 0.5))
 
@@ -167,7 +168,7 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- training
 
 def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Tensor, donors: torch.Tensor,
-                   gen: torch.Generator, small: bool) -> lib.Batch:
+                   gen: torch.Generator) -> lib.Batch:
     """Return an augmented batch. Rare patches come from the images at donors, which are of the same split.
     Where a prior is corrected there are none: a patch that brings its own taught nothing good."""
     cfg = run.cfg
@@ -183,7 +184,7 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
         x, y = lib.affine(x, y, gen, *cfg.geometric)
     if cfg.light:
         x = lib.jitter_light(x, gen, cfg.light)
-    return lib.halve(x, y) if small else (x.contiguous(memory_format=torch.channels_last), y)
+    return x.contiguous(memory_format=torch.channels_last), y
 
 
 def new_training(run: Run, stage: int, fold: int) -> dict:
@@ -210,9 +211,9 @@ def batch_size(run: Run, images: int) -> int:
 
 
 def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, train_index: torch.Tensor,
-                    key: tuple[int, ...], small: bool = False, most_steps: int | None = None) -> float:
-    """Train on every image, at half its side if small, on rare ones rare_repeat times, in the order of
-    key = (stage, fold, epoch); return the mean loss. Nothing waits for the device inside."""
+                    key: tuple[int, ...], most_steps: int | None = None) -> float:
+    """Train on every image, on rare ones rare_repeat times, in the order of key = (stage, fold, epoch), and
+    return the mean loss. Nothing waits for the device inside."""
     cfg, gen = run.cfg, lib.generator(run.device, run.cfg.seed, *key)
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
     donors = train_index[run.is_rare[targets[train_index].clamp_min(0).int()].flatten(1).any(1)]
@@ -221,7 +222,7 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
     total, before = torch.zeros((), device=run.device), int(model.encoder[0][1].num_batches_tracked)
     model.train()
     for steps, index in enumerate(order.split(batch_size(run, len(train_index)))[:most_steps], 1):
-        x, y = training_batch(run, view, targets, index, donors, gen, small)
+        x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
         target = y.long() - run.cfg.first_class  # background or -1 fall below the first class learnt: ignored
@@ -240,17 +241,15 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
 
 
 @torch.inference_mode()
-def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Tensor,
-             small: bool = False) -> dict:
-    """Return the validation's "val_loss", mean over images, and "score", the competition's mean IoU; of
-    images at half their side if small."""
+def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Tensor) -> dict:
+    """Return the validation's "val_loss", mean over images, and "score", the competition's mean IoU."""
     model.eval()
     loss = torch.zeros((), device=run.device)
     confusion = torch.zeros(NUM_CLASSES ** 2, dtype=torch.int64, device=run.device)
     for part in index.split(2 * batch_size(run, len(run.images))):
-        x, y = network_input(run, view, part), targets[part].long()
-        x, y = lib.halve(x, y) if small else (x.contiguous(memory_format=torch.channels_last), y)
+        y = targets[part].long()
         with lib.autocast(run.device, run.dtype):
+            x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
             logits = model(x)[0]
         loss += lib.focal_loss(logits, y - run.cfg.first_class, **run.loss_args) * len(part)
         pair = y * NUM_CLASSES + logits.argmax(1) + run.cfg.first_class
@@ -268,13 +267,12 @@ def resume(run: Run, stage: int, fold: int) -> tuple[dict, dict | None]:
     return parts, state
 
 
-def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tuple, key: tuple,
-            small: bool) -> dict | str:
+def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tuple, key: tuple) -> dict | str:
     """Train for an epoch and return its record, or a word on what went wrong. Without memory for it the batch
     is halved. Args: split, the indices to train on and to validate on."""
     try:
-        loss = train_one_epoch(run, parts, view, targets, split[0], key, small)
-        record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1], small)}
+        loss = train_one_epoch(run, parts, view, targets, split[0], key)
+        record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1])}
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(split[0])), e)
         return "out of memory"
@@ -299,12 +297,14 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
             state["best"] = copy.deepcopy(parts["ema"].state_dict())
             state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, fold] = state["history"]
+    halved = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate, small = group["lr"], stage == 1 and epoch <= int(cfg.small_share * state["epochs"])
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
-        record = attempt(run, parts, view, targets, split, (stage, fold, epoch), small)
+        seen = (View(halved), targets[:, ::2, ::2]) if small else (view, targets)
+        record = attempt(run, parts, *seen, split, (stage, fold, epoch))
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
             record = f"stage {stage}, fold {fold}, epoch {epoch}: {record}"
@@ -350,7 +350,7 @@ def measure_speed(run: Run, width: int, steps: int = 6) -> float:
         parts = new_training(run, 1, 0)
         for count in (1, steps):
             start = time.perf_counter()
-            train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), most_steps=count)
+            train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), count)
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
         return measure_speed(run, width, steps)
@@ -388,9 +388,9 @@ def make_plan(run: Run) -> dict:
     small = 1 - 0.7 * cfg.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
     first = cfg.epochs or round(first / small)
     return {**run.plan, "folds": folds, "width": width, "epochs": [first, second],
-            "epoch_seconds": [small * epoch_seconds, 1.05 * epoch_seconds], "predict_seconds": predict_seconds,
-            "train_images_per_second": speed, "precision": str(run.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads()}
+            "epoch_seconds": [small * epoch_seconds, 1.05 * epoch_seconds],
+            "predict_seconds": predict_seconds, "train_images_per_second": speed,
+            "precision": str(run.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
 
 
 # ---------------------------------------------------------------------------------------- two stages
@@ -510,10 +510,9 @@ def open_run(cfg: Config) -> Run:
     neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
     lib.keep_freed_memory()  # not before: the frames' peak would stay
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
-    weight = torch.where(is_rare, cfg.rare_weight, 1.0)[cfg.first_class:]
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
               torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
-              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha, "weight": weight}, lock)
+              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha}, lock)
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
@@ -560,7 +559,7 @@ def solve(cfg: Config) -> dict:
     run = open_run(cfg)
     end = 0.97 * run.clock.limit - run.plan["predict_seconds"]
     used = run.clock.used()
-    work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]  # in seconds
+    work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
     metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
     views, labels, ratios = [View(run.images)] * run.folds, {}, []
     stages = [train_stage(run, 1, views, run.masks, used + (end - used) * work[0] / sum(work))]

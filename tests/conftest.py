@@ -72,8 +72,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Count the bad inputs that test_faults tried: each of its tests but the two on the file itself is one."""
-    done = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())
-            if "test_faults.py::test_" in report.nodeid and "_row" not in report.nodeid]
+    """Count the bad inputs that test_faults tried: each of its tests but those on the file itself is one."""
+    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, ())]
+    done = [one for one in reports if "test_faults.py::test_" in one.nodeid and "_row" not in one.nodeid]
     if done:
         terminalreporter.write_line(f"faults: {len(done)} bad inputs tried")

@@ -1,7 +1,7 @@
 """The 54 faults of a run, by number: test_NN_what proves row NN, most of them by the command itself.
 
-The rows' single cases are tried at greater length where their code is tested: the data (1 to 19) in test_data,
-the files in test_checkpoints and test_submission. How many bad inputs were tried is printed at the end.
+Single cases are tried at greater length where their code is tested: the data (1 to 19) in test_data, files in
+test_checkpoints and test_submission. How many bad inputs were tried is printed at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def argv(tmp_path):
 
 
 def failing(function, error, *calls):
-    """Return function, that raises error at these calls of it (counted from 1), or at all if none is given."""
+    """Return function, which raises error at these calls of it, from 1, or at all if none is given."""
     count = 0
 
     def wrapper(*args, **kwargs):
@@ -73,7 +73,7 @@ MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 @pytest.mark.parametrize("name", [name for names in CASES.values() for name in names])
 def test_01_to_17_of_the_data(tmp_path, name):
-    """A path, an archive, a shape, a type or a value that is wrong is one sentence; --out is not even made."""
+    """A path, archive, shape, type or value that is wrong is one sentence; --out is not even made."""
     folder = tmp_path / "data set"
     folder.mkdir()
     make, expected = test_data.FAULTS[name]
@@ -274,7 +274,7 @@ def test_34_last_batch_of_one_image(tmp_path):
 
 
 def test_35_gpu_that_is_there_but_unusable(monkeypatch):
-    """A GPU that dies at its first kernel, as a P100 does with today's builds: the CPU, and what to choose."""
+    """A GPU that dies at its first kernel, as a P100 does with today's builds: the CPU, and a hint."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.nn.Conv2d, "to", failing(None, RuntimeError("no kernel image is available")))
     device, why = lib.pick_device("auto")
@@ -317,35 +317,39 @@ def launch(argv):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
+MOMENTS = ("", "device:", "plan:", "stage 1", "stage1 out", "stage 2", "stage2 out", "submission:")
+
+
 @pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.long)])
 def test_37_killed_at_any_moment(tmp_path, kills):
-    """SIGKILL at random moments from cleaning to the CSV: the same command goes on, at most one epoch is done
-    twice a kill, and the submission has the bytes of an undisturbed run."""
+    """SIGKILL up to .4 s after lines of every part from loading to the CSV: the same command goes on, does at
+    most one epoch twice, and ends in the bytes of a run that nobody disturbed."""
     flags = [word for word in FAST if word != "--no-clean"]
-    data = write(tmp_path)
-    began = time.monotonic()
-    whole = launch(["--data", data, "--out", tmp_path / "whole", *flags])
-    assert whole.wait(120) == 0
-    lifetime, rng, lives = time.monotonic() - began, random.Random(0), 0
-    want, where = (tmp_path / "whole" / "submission.csv").read_bytes(), []
-    for kill in range(kills):
-        argv = ["--data", data, "--out", tmp_path / f"out{lives}", *flags]
-        child, lines = launch(argv), []
-        os.set_blocking(child.stdout.fileno(), False)
-        time.sleep(rng.uniform(0.4, 1.0) * lifetime * (1 if kill % 2 else 0.7))
-        child.kill()
-        said = "".join(child.stdout.readlines() or lines)
-        child.wait()
-        where.append(said.strip().splitlines()[-1].split("  ")[0][:20] if said.strip() else "the start")
-        if child.returncode == 0 or kill % 5 == 4:  # over before the kill, or enough of it: let it end
-            last = launch(argv)
-            out, err = last.communicate(timeout=120)
-            assert last.returncode == 0, err
-            assert (tmp_path / f"out{lives}" / "submission.csv").read_bytes() == want
-            epochs = re.findall(r"stage \d  fold \d  epoch \d", said + out)
-            assert len(epochs) <= len(set(epochs)) + 1
-            lives += 1
-    print(f"{kills} kills, last line before each: {sorted(set(where))}")
+    data, rng, done, lives = write(tmp_path), random.Random(0), 0, 0
+    assert start(["--data", data, "--out", tmp_path / "whole", *flags])[0] == 0
+    want = (tmp_path / "whole" / "submission.csv").read_bytes()
+    while done < kills:
+        argv, killed = ["--data", data, "--out", tmp_path / f"out{lives}", *flags], 0
+        while killed < 5:  # then let it end
+            child, said = launch(argv), ""
+            for line in child.stdout:
+                said += line
+                if line.startswith(MOMENTS[(done + killed) % len(MOMENTS)]):
+                    break
+            time.sleep(rng.uniform(0, 0.4))
+            child.kill()
+            said += child.communicate()[0]
+            if child.returncode == 0:
+                break  # that moment was over
+            killed += 1
+        child = launch(argv)
+        out, err = child.communicate(timeout=120)
+        assert child.returncode == 0, err
+        assert (tmp_path / f"out{lives}" / "submission.csv").read_bytes() == want
+        epochs = re.findall(r"stage \d  fold \d  epoch \d", said + out)
+        assert len(epochs) <= len(set(epochs)) + 1
+        done, lives = done + killed, lives + 1
+    print(f"{done} kills in {lives} runs")
 
 
 # ------------------------------------------------------------------------------ files

@@ -203,8 +203,6 @@ def test_unknown_flag_names_the_nearest(given, nearest):
         (["--lr", "nan"], "--lr"),
         (["--gamma", "-1"], "--gamma"),
         (["--gamma", "inf"], "--gamma"),
-        (["--rare-weight", "0"], "--rare-weight"),
-        (["--rare-weight", "inf"], "--rare-weight"),
         (["--rare-repeat", "0"], "--rare-repeat"),
         (["--paste", "1.1"], "--paste"),
         (["--patience", "0"], "--patience"),
@@ -255,7 +253,7 @@ def test_paper_recipe_is_the_published_one():
         tta=False,
         weight_decay=0.0,
         cooldown=0.0,
-        rare_weight=1.0,
+        small_share=0.0,
         rare_repeat=1,
         stages=2,
     )
@@ -707,7 +705,7 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     changed = []
     for view in views:
         gen = torch.Generator().manual_seed(0)
-        x, y = solve.training_batch(run, view, run.masks, every, donors, gen, False)
+        x, y = solve.training_batch(run, view, run.masks, every, donors, gen)
         plain = solve.network_input(run, view, every)[:, :1]
         same = [
             any(torch.equal(x[i, :1], image) and torch.equal(y[i], mask) for image, mask in pair)
@@ -717,3 +715,22 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
         ]
         changed.append(len(same) - sum(same))
     assert changed[0] > len(every) // 2 and changed[1] == 0
+
+
+def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
+    """Of three epochs of stage 1 the first two see tiles of half the side, the last one and stage 2 whole
+    ones; what the small ones learnt is never the best of a network that has seen whole ones."""
+    seen, real = [], solve.train_one_epoch
+
+    def watched(run, parts, view, targets, index, key, *rest):
+        assert view.images.shape == targets.shape
+        seen.append((*key, view.images.shape[1]))
+        return real(run, parts, view, targets, index, key, *rest)
+
+    monkeypatch.setattr(solve, "train_one_epoch", watched)
+    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--epochs", "3"]
+    assert start(argv)[0] == 0
+    for fold in (0, 1):
+        assert [height for stage, k, _, height in seen if (stage, k) == (1, fold)] == [16, 16, 32]
+        assert {height for stage, k, _, height in seen if (stage, k) == (2, fold)} == {32}
+        assert lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best_epoch"] == 3
