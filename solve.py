@@ -400,15 +400,15 @@ def train_stage(run: Run, stage: int, views: list[View], targets: torch.Tensor, 
     models = []
     for fold in range(run.folds):
         used, seconds = run.clock.used(), run.plan["epoch_seconds"]
-        new = not run.checkpoint(stage, fold).exists()
-        if new and (models or stage == 2) and used + seconds[stage - 1] > end:
-            print(f"time is short: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
-            break
+        needed = stage == 1 and not models  # for any submission at all
+        late = not run.checkpoint(stage, fold).exists() and used + seconds[stage - 1] > end
         try:
+            if late and not needed:
+                raise UserError("time is short")
             deadline = used + (end - used) / (run.folds - fold)
             models.append(fit(run, stage, fold, views[fold], targets, deadline))
         except UserError as e:
-            if stage == 1 and not models:
+            if needed:
                 raise
             print(f"{e}: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
             break
