@@ -129,6 +129,10 @@ class Run:
     def folds(self) -> int:
         return self.plan["folds"]
 
+    @property
+    def small_share(self) -> float:  # of less than 64 pixels half is too little: a 16th of it is nothing
+        return self.cfg.small_share * (min(self.images.shape[1:]) >= 64)
+
     def checkpoint(self, stage: int, fold: int) -> Path:
         return self.state / f"stage{stage}_fold{fold}.pt"
 
@@ -300,7 +304,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
     halved = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
-        rate, small = group["lr"], stage == 1 and epoch <= int(cfg.small_share * state["epochs"])
+        rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
         seen = (View(halved), targets[:, ::2, ::2]) if small else (view, targets)
@@ -385,7 +389,7 @@ def make_plan(run: Run) -> dict:
     epochs = max(2, min(epochs, 2 * cfg.most_epochs))
     first = cfg.epochs or (round(0.7 * epochs) if cfg.stages == 2 else epochs)
     second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
-    small = 1 - 0.7 * cfg.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
+    small = 1 - 0.7 * run.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
     first = cfg.epochs or round(first / small)
     return {**run.plan, "folds": folds, "width": width, "epochs": [first, second],
             "epoch_seconds": [small * epoch_seconds, 1.05 * epoch_seconds],

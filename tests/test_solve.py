@@ -718,8 +718,8 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
 
 
 def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
-    """Of three epochs of stage 1 the first two see tiles of half the side, the last one and stage 2 whole
-    ones; what the small ones learnt is never the best of a network that has seen whole ones."""
+    """Of three epochs of stage 1 the first two see tiles of half the side, rounded up, the last one and stage
+    2 whole ones; what the small ones learnt is never the best of a network that has seen whole ones."""
     seen, real = [], solve.train_one_epoch
 
     def watched(run, parts, view, targets, index, key, *rest):
@@ -728,9 +728,9 @@ def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
         return real(run, parts, view, targets, index, key, *rest)
 
     monkeypatch.setattr(solve, "train_one_epoch", watched)
-    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--epochs", "3"]
+    argv = ["--data", write_npz(**tiny(h=65, w=127)), "--out", tmp_path / "out", *FAST, "--epochs", "3"]
     assert start(argv)[0] == 0
     for fold in (0, 1):
-        assert [height for stage, k, _, height in seen if (stage, k) == (1, fold)] == [16, 16, 32]
-        assert {height for stage, k, _, height in seen if (stage, k) == (2, fold)} == {32}
+        assert [height for stage, k, _, height in seen if (stage, k) == (1, fold)] == [33, 33, 65]
+        assert {height for stage, k, _, height in seen if (stage, k) == (2, fold)} == {65}
         assert lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best_epoch"] == 3
