@@ -1036,8 +1036,11 @@ def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
 
 def confusion_matrix(truth: np.ndarray, pred: np.ndarray, num_classes: int = NUM_CLASSES) -> np.ndarray:
     """Return the int64 (C, C) pixel counts, rows the truth, columns the prediction, of everything given."""
-    index = truth.astype(np.int64).ravel() * num_classes + pred.ravel()
-    return np.bincount(index, minlength=num_classes ** 2).reshape(num_classes, num_classes)
+    truth, pred, counts = truth.ravel(), pred.ravel(), np.zeros(num_classes ** 2, np.int64)
+    for i in range(0, len(truth), 2 ** 22):  # in parts: NumPy counts 8 bytes a pixel
+        index = truth[i:i + 2 ** 22].astype(np.int64) * num_classes + pred[i:i + 2 ** 22]
+        counts += np.bincount(index, minlength=num_classes ** 2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def iou_scores(confusion: np.ndarray, ignore_class: int | None = 0) -> tuple[float, np.ndarray]:

@@ -623,8 +623,7 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarra
         raise UserError(f"{file}: what was read back is not what was written; check the disk")
     lib.zip_file(file)
     print(f"submission: {file}, {len(best)} rows, checked")
-    counts = np.bincount(best.ravel(), minlength=NUM_CLASSES)
-    metrics |= {"test_shares": (counts / best.size).round(5).tolist(),
+    metrics |= {"test_shares": [round(float((best == c).mean()), 5) for c in range(NUM_CLASSES)],
                 "test_confidence": float(np.concatenate(sure).mean())}
     if run.data.test_labels is not None:
         for name, masks in labels.items():
