@@ -46,6 +46,11 @@ def seconds(run: solve.Run, *works) -> list[float]:
     return [statistics.median(times[1:]) for times in taken]
 
 
+def batch_size(run: solve.Run) -> int:
+    """Return the images a step that an epoch over all images takes: fewer than 32 on a small file."""
+    return solve.batch_size(run, len(run.images))
+
+
 def row(what: str, measured: float, unit: str, target: str = "") -> None:
     """Print a row of the table."""
     print(f"| {what} | {measured:.3g} {unit} | {target} |", flush=True)
@@ -89,7 +94,7 @@ def usual_pipeline(run: solve.Run, width: int):
     def work() -> float:
         start = time.perf_counter()
         loader = iter(torch.utils.data.DataLoader(
-            tiles, run.cfg.batch_size, shuffle=True, num_workers=2, pin_memory=run.device.type == "cuda"))
+            tiles, batch_size(run), shuffle=True, num_workers=2, pin_memory=run.device.type == "cuda"))
         for step in range(STEPS + 1):
             x, y = (part.to(run.device) for part in next(loader))
             if step == 0:
@@ -107,7 +112,7 @@ def usual_pipeline(run: solve.Run, width: int):
 def bare_network(run: solve.Run):
     """Return a function that trains the network STEPS times on one resident batch, with one loss."""
     parts = solve.new_training(run, 1, 0)
-    model, optimizer, size = parts["model"].train(), parts["optimizer"], run.cfg.batch_size
+    model, optimizer, size = parts["model"].train(), parts["optimizer"], batch_size(run)
     x = solve.network_input(run, solve.View(run.images), slice(0, size))
     x, y = x.contiguous(memory_format=torch.channels_last), run.masks[:size].long() - 1
 
@@ -127,7 +132,7 @@ def measure_speed(run: solve.Run, width: int) -> None:
     """Print the training and prediction speed at a width, beside the bare network, the usual pipeline and the
     bound that the arithmetic sets."""
     run.plan["width"] = width
-    parts, view, count = solve.new_training(run, 1, 0), solve.View(run.images), STEPS * run.cfg.batch_size
+    parts, view, count = solve.new_training(run, 1, 0), solve.View(run.images), STEPS * batch_size(run)
     index = torch.arange(len(run.images), device=run.device)
     key = (1, 0, 1)
 
@@ -189,7 +194,7 @@ def measure_growth(run: solve.Run) -> None:
         run.plan["width"] = width
         parts = solve.new_training(run, 1, 0)
         work = (run, parts, solve.View(run.images), run.masks, index, (1, 0, 1), STEPS)
-        took = seconds(run, lambda w=work: solve.train_one_epoch(*w) * 0)[0] / (STEPS * run.cfg.batch_size)
+        took = seconds(run, lambda w=work: solve.train_one_epoch(*w) * 0)[0] / (STEPS * batch_size(run))
         costs.append((flops(run, parts["model"])[1], took))
         row(f"width {width}: {costs[-1][0] / 1e9:.2f} GFLOP an image and step", 1e-9 * costs[-1][0] / took,
             "GFLOP/s")
