@@ -301,13 +301,15 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
             state["best"] = copy.deepcopy(parts["ema"].state_dict())
             state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, fold] = state["history"]
-    halved = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
-        seen = (View(halved), targets[:, ::2, ::2]) if small else (view, targets)
+        seen = view, targets
+        if small:
+            halved = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
+            seen = View(halved), targets[:, ::2, ::2]
         record = attempt(run, parts, *seen, split, (stage, fold, epoch))
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
