@@ -64,7 +64,8 @@ class Config:
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
     rare_repeat: int = option(4, "how often an epoch shows images that hold a class under 2 %% of the pixels",
                               lambda value: value > 0)
-    paste: float = option(0.25, "share of images that get patches of such a class", lambda v: 0 <= v <= 1)
+    paste: float = option(0.25, "share of images, small ones, that get patches of such a class",
+                          lambda value: 0 <= value <= 1)
     patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
@@ -80,6 +81,7 @@ class Config:
     most_epochs: int = 60         # of one stage, when time is plenty
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last ones, in which the rate falls to zero
+    fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits out of fold
     small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
     level_weights: tuple = (0.1, 0.1, 0.1)  # of the outputs at 1/2, 1/4 and 1/8 of the size
 
@@ -87,7 +89,7 @@ class Config:
 PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1,
              patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
              geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False, most_epochs=300,
-             weight_decay=0.0, cooldown=0.0, small_share=0.0, level_weights=(0.2, 0.3, 0.5))
+             weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, level_weights=(0.2, 0.3, 0.5))
 
 
 def parse(argv: list[str]) -> Config:
@@ -148,6 +150,7 @@ class View:
     images: torch.Tensor                 # uint8 (N, H, W)
     probs: torch.Tensor | None = None    # in 1/255, uint8 (N, NUM_CLASSES, H, W)
     cleaned: torch.Tensor | None = None  # masks, uint8 (N, H, W)
+    paste: float = 0.0                   # share of the images trained on that get patches of rare classes
 
 
 def network_input(run: Run, view: View, index) -> torch.Tensor:
@@ -173,14 +176,13 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
 
 def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Tensor, donors: torch.Tensor,
                    gen: torch.Generator) -> lib.Batch:
-    """Return an augmented batch. Rare patches come from the images at donors, which are of the same split.
-    Where a prior is corrected there are none: a patch that brings its own taught nothing good."""
+    """Return an augmented batch. Rare patches come from the images at donors, which are of the same split."""
     cfg = run.cfg
     x, y = network_input(run, view, index), targets[index]
-    if cfg.paste and len(donors) and (view.probs is None or cfg.refine == "background"):
+    if view.paste and len(donors):
         pick = donors[torch.randint(len(donors), (len(index),), device=run.device, generator=gen)]
         rare = torch.where(run.is_rare[targets[pick].clamp_min(0).int()], targets[pick], 0)
-        x, y = lib.paste_rare(x, y, network_input(run, view, pick), rare, gen, cfg.paste)
+        x, y = lib.paste_rare(x, y, network_input(run, view, pick), rare, gen, view.paste)
     x, y = lib.flip(x, y, -1, gen)
     if cfg.flip_vertical:
         x, y = lib.flip(x, y, -2, gen)
@@ -309,7 +311,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         seen = view, targets
         if small:
             halved = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
-            seen = View(halved), targets[:, ::2, ::2]
+            seen = View(halved, paste=cfg.paste), targets[:, ::2, ::2]
         record = attempt(run, parts, *seen, split, (stage, fold, epoch))
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
@@ -453,10 +455,11 @@ def predicted_cells(run: Run, models: list[lib.UNet], probs: np.ndarray) -> list
     return [np.concatenate([ours, *test]) for test in cells]
 
 
-def final_masks(run: Run, probs: np.ndarray, stage1: np.ndarray | None = None) -> np.ndarray:
-    """Return cleaned labels (N, H, W) from probabilities (N, C, H, W) of any scale; in the paper's second
-    stage only where stage1, the first one's labels, are background."""
-    labels = (probs[:, run.cfg.first_class:].argmax(1) + run.cfg.first_class).astype(np.uint8)
+def final_masks(run: Run, probs: np.ndarray, factors=(1,) * NUM_CLASSES,
+                stage1: np.ndarray | None = None) -> np.ndarray:
+    """Return cleaned labels (N, H, W) from probabilities (N, C, H, W) of any scale times factors (C,); in the
+    paper's second stage only where stage1, the first one's labels, are background."""
+    labels = lib.decide(probs, np.float32(factors), run.cfg.first_class)
     if stage1 is not None and run.cfg.refine == "background":
         labels = np.where(stage1 == 0, labels, stage1)
     return lib.clean_masks(labels)
@@ -466,7 +469,9 @@ def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, ratio: np.nda
     """Return stage 2's view of images, given stage 1's probabilities there and what the frames say."""
     probs = probs if ratio is None else lib.reweigh(probs, ratio, run.cfg.first_class)
     cleaned = torch.from_numpy(final_masks(run, probs)).to(run.device)
-    return View(images, torch.from_numpy(probs).to(run.device), cleaned)
+    # where a prior is corrected a patch that brings its own taught nothing good
+    paste = run.cfg.paste if run.cfg.refine == "background" else 0.0
+    return View(images, torch.from_numpy(probs).to(run.device), cleaned, paste)
 
 
 def predict_test(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
@@ -567,7 +572,9 @@ def solve(cfg: Config) -> dict:
     used = run.clock.used()
     work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
     metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
-    views, labels, ratios = [View(run.images)] * run.folds, {}, []
+    # after small images with patches come whole ones as they are: that is what will be predicted
+    views = [View(run.images, paste=0.0 if run.small_share else cfg.paste)] * run.folds
+    labels, ratios = {}, []
     stages = [train_stage(run, 1, views, run.masks, used + (end - used) * work[0] / sum(work))]
     probs = out_of_fold(run, stages[0], views)
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
@@ -597,9 +604,19 @@ def solve(cfg: Config) -> dict:
 
 def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
           first: np.ndarray | None = None) -> np.ndarray:
-    """Return the labels of out-of-fold probs; their scores, of the folds trained, go into metrics."""
-    labels = final_masks(run, probs, first)
-    result = lib.fold_scores(run.data.masks, labels, run.fold_of, folds)
+    """Return the labels of out-of-fold probs; their scores, of the folds trained, go into metrics. A fold's
+    factors of rare classes are those that suit the others; the submission's suit all."""
+    masks, validated = run.data.masks, np.isin(run.fold_of, range(folds))
+    labels = np.zeros_like(masks)
+
+    def factors(fitted: np.ndarray) -> list[float]:
+        return lib.fit_factors(probs[fitted], masks[fitted]) if run.cfg.fit_rare else [1.0] * NUM_CLASSES
+
+    for fold in range(folds):
+        own = run.fold_of == fold
+        stage1 = None if first is None else first[own]
+        labels[own] = final_masks(run, probs[own], factors(validated & ~own), stage1)
+    result = lib.fold_scores(masks, labels, run.fold_of, folds) | {"factors": factors(validated)}
     metrics |= {f"{name}_{key}": value for key, value in result.items()}
     print(f"{name} out of fold: {result['miou']:.4f} ± {result['fold_std']:.4f} mean IoU, the paper's "
           f"{result['paper_miou']:.4f}; IoU {np.round(result['iou'][1:], 3)}", flush=True)
@@ -614,7 +631,7 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarra
     for start in range(0, len(run.test_images), 500):  # bounded memory
         for name, sums in predict_test(run, stages, ratios, slice(start, start + 500)).items():
             first = parts["stage1"][-1] if name == "stage2" else None
-            parts.setdefault(name, []).append(final_masks(run, sums, first))
+            parts.setdefault(name, []).append(final_masks(run, sums, metrics[f"{name}_factors"], first))
             if name == metrics["submitted"]:
                 sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
     labels = {name: np.concatenate(masks) for name, masks in parts.items()}

@@ -127,3 +127,34 @@ def test_iou_leaves_its_argument_alone():
     confusion = np.full((5, 5), 3)
     lib.iou_scores(confusion)
     assert (confusion == 3).all()
+
+
+def noisy_rock(share):
+    """2,000 images of one row: probabilities that are right on average, rock likely at a few pixels only."""
+    rng = np.random.default_rng(0)
+    p = np.zeros((2000, 5, 1, 64), np.float32)
+    p[:, 4] = np.where(rng.random((2000, 1, 64)) < 0.03, share, 0.001)
+    p[:, 1] = 1 - p[:, 4]
+    truth = np.where(rng.random((2000, 1, 64)) < p[:, 4], 4, 1).astype(np.uint8)
+    return p.repeat(4, 2).repeat(4, 3), truth.repeat(4, 1).repeat(4, 2)
+
+
+@pytest.mark.parametrize("share,taken", [(0.4, True), (0.02, False)])
+def test_factors_take_the_unlikely_where_it_pays(share, taken):
+    """Rock that is never the likeliest is taken where every second or third such pixel is rock, and the score
+    rises; where it is one in fifty it is not; common classes keep their factor of 1."""
+    probs, truth = noisy_rock(share)
+    factors = lib.fit_factors(probs, truth)
+    before, after = (lib.iou_scores(lib.confusion_matrix(truth, lib.decide(probs, np.float32(f), 1)))[0]
+                     for f in ([1] * 5, factors))
+    assert factors[:4] == [1] * 4 and (factors[4] > 1) == taken
+    assert (after > before + 0.1) == taken and after >= before
+
+
+def test_decide_in_parts_is_argmax():
+    """600 images are decided 256 at a time: the labels of one argmax, never below the first class."""
+    rng = np.random.default_rng(0)
+    probs, factors = rng.integers(0, 256, (600, 5, 2, 3)).astype(np.uint8), np.float32([9, 1, 2, 0.5, 3])
+    for first in (0, 1):
+        want = (probs[:, first:] * factors[first:, None, None]).argmax(1) + first
+        np.testing.assert_array_equal(lib.decide(probs, factors, first), want)

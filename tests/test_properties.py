@@ -137,7 +137,7 @@ def test_a_network_never_sees_its_fold(tmp_path, write_npz, fold):
         masks[where] = torch.randint(5, masks[where].shape, generator=gen).to(torch.int8)
         parts = solve.new_training(run, 1, fold)
         index = run.index(run.fold_of != fold)
-        solve.train_one_epoch(run, parts, solve.View(images), masks, index, (1, fold, 1))
+        solve.train_one_epoch(run, parts, solve.View(images, paste=1.0), masks, index, (1, fold, 1))
         return torch.cat([p.detach().flatten() for p in parts["model"].parameters()])
 
     assert torch.equal(weights(None), weights(fold))

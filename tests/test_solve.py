@@ -721,7 +721,7 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     every = torch.arange(len(run.images))
     donors = every[(run.masks == 4).flatten(1).any(1)]
     probs = np.full((len(every), 5, *run.images.shape[1:]), 51, np.uint8)
-    views = solve.View(run.images), solve.second_view(run, run.images, probs, None)
+    views = solve.View(run.images, paste=1.0), solve.second_view(run, run.images, probs, None)
     changed = []
     for view in views:
         gen = torch.Generator().manual_seed(0)
@@ -738,19 +738,20 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
 
 
 def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
-    """Of three epochs of stage 1 the first two see tiles of half the side, rounded up, the last one and stage
-    2 whole ones; what the small ones learnt is never the best of a network that has seen whole ones."""
+    """Of three epochs of stage 1 the first two see tiles of half the side, rounded up, with pasted patches,
+    the last one and stage 2 whole ones without; what the small ones learnt is never the best of a network
+    that has seen whole ones."""
     seen, real = [], solve.train_one_epoch
 
     def watched(run, parts, view, targets, index, key, *rest):
         assert view.images.shape == targets.shape
-        seen.append((*key, view.images.shape[1]))
+        seen.append((*key, view.images.shape[1], view.paste))
         return real(run, parts, view, targets, index, key, *rest)
 
     monkeypatch.setattr(solve, "train_one_epoch", watched)
     argv = ["--data", write_npz(**tiny(h=65, w=127)), "--out", tmp_path / "out", *FAST, "--epochs", "3"]
     assert start(argv)[0] == 0
     for fold in (0, 1):
-        assert [height for stage, k, _, height in seen if (stage, k) == (1, fold)] == [33, 33, 65]
-        assert {height for stage, k, _, height in seen if (stage, k) == (2, fold)} == {65}
+        for stage, want in ((1, [[33, 0.25], [33, 0.25], [65, 0]]), (2, [[65, 0]] * 3)):
+            assert [rest for s, k, _, *rest in seen if (s, k) == (stage, fold)] == want
         assert lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best_epoch"] == 3
