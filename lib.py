@@ -756,9 +756,9 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, mute: 
 
 
 def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray, fold_of: np.ndarray,
-                   place: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return, for each fold, what frames say of the training and of the test tiles: what to add to their
-    log-probabilities, float32 (N, C, h, w) and (M, C, h, w). Empty lists where nothing helps.
+                   place: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return what frames say of the training tiles, and each fold of the test tiles: what to add to their
+    log-probabilities, float32 (N, C, h, w) and (M, C, h, w). No list where nothing helps.
 
     For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
     appears nowhere. For test tiles all labels are known. Reach and strengths are the best out of fold.
@@ -786,11 +786,12 @@ def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray,
     miou, reach, strengths = best
     print(f"frames: of reach {reach} cells, strength of labels and predictions {strengths}: out of fold "
           f"{before:.4f} → {miou:.4f} on a part of the pixels", flush=True)
-    if not any(strengths):
-        return [], []
-    known, test = ([np.tensordot(np.float32(strengths), evidence(reach, fold, shown), 1)
-                    for fold in range(len(said))] for shown in (False, True))
-    return [ratio[:n] for ratio in known], [ratio[n:] for ratio in test]
+    known, test, strengths = np.zeros((n, *said[0].shape[1:]), np.float32), [], np.float32(strengths)
+    for fold in range(len(said) if any(strengths) else 0):
+        own = fold_of == fold
+        known[own] = np.tensordot(strengths, evidence(reach, fold, False), 1)[:n][own]
+        test.append(np.tensordot(strengths, evidence(reach, fold, True), 1)[n:])
+    return known, test
 
 
 def reweigh(probs: np.ndarray, log_ratio: np.ndarray, first_class: int) -> np.ndarray:
@@ -934,17 +935,14 @@ class GatedSkip(nn.Module):
 class UNet(nn.Module):
     """The paper's U-Net: widths w, 2w, 4w, 8w, bottleneck 16w; gated skips; heads on the decoder's levels.
 
-    With width 64 and one channel it has the paper's 31.4 M parameters. With residual=True the last
-    num_classes input channels are log-probabilities, added to the logits instead of convolved; the heads
-    start at zero, so that training starts from that prior.
-    Shape: (B, in_channels [+ num_classes], H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the
+    With width 64 and one channel it has the paper's 31.4 M parameters.
+    Shape: (B, in_channels, H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the
     full H, W, and in training also 1/2, 1/4, 1/8 of the size padded to a multiple of 16.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4,
-                 residual: bool = False):
+    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4):
         super().__init__()
-        self.in_channels, self.depth, self.residual = in_channels, depth, residual
+        self.depth = depth
         *widths, bottleneck = [width * 2 ** i for i in range(depth + 1)]
         channels = [in_channels, *widths, bottleneck]
         self.encoder = nn.ModuleList(conv_block(*pair) for pair in itertools.pairwise(channels))
@@ -952,14 +950,18 @@ class UNet(nn.Module):
         self.skip = nn.ModuleList(GatedSkip(w) for w in widths)
         self.decoder = nn.ModuleList(conv_block(2 * w, w) for w in widths)
         self.heads = nn.ModuleList(nn.Conv2d(w, num_classes, 1) for w in widths)
-        for parameter in self.heads.parameters() if residual else ():
-            nn.init.zeros_(parameter)
+
+    def start_from(self, other: UNet) -> None:
+        """Take over the weights of a network of fewer input channels; the others' weights start at 0."""
+        mine, weights = self.state_dict(), other.state_dict()
+        first = "encoder.0.0.weight"
+        extra = torch.zeros_like(mine[first][:, weights[first].shape[1]:])
+        self.load_state_dict(weights | {first: torch.cat([weights[first].to(extra), extra], 1)})
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         h, w = x.shape[-2:]
         step = 2 ** self.depth
         x = F.pad(x, (0, -w % step, 0, -h % step), mode="replicate")
-        x, prior = x[:, :self.in_channels], x[:, self.in_channels:]
         skips, logits = [], []
         for i, block in enumerate(self.encoder):
             x = block(F.max_pool2d(x, 2) if i else x)
@@ -967,8 +969,7 @@ class UNet(nn.Module):
         for i in reversed(range(self.depth)):
             x = self.decoder[i](self.skip[i](skips[i], self.up[i](x)))
             if self.training or i == 0:
-                out = self.heads[i](x)
-                logits.append(out + F.avg_pool2d(prior, 2 ** i) if self.residual else out)
+                logits.append(self.heads[i](x))
         logits[-1] = logits[-1][..., :h, :w]
         return logits[::-1]
 
@@ -1503,7 +1504,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
               for s in stages]
     parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
     if "test_miou" in metrics:
-        tests = ", ".join(f"{s} {metrics[f'test_{s}_miou']:.4f}" for s in stages)
+        tests = ", ".join(f"{s} {metrics[key]:.4f}" for s in stages if (key := f"test_{s}_miou") in metrics)
         parts.append(f"<p>Test labels were in the file: mean IoU of {tests}.</p>")
     parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
     parts.append("<h2>Training</h2>")

@@ -5,7 +5,7 @@
     python solve.py --recipe paper                    the published system, measured with both metrics
     python solve.py --width 32 --folds 5 --epochs 40  exactly this much work, whatever the clock says
 
-load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ predict ─ write
+load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ evidence ─ predict ─ write
 
 This file is what we decided; what is true of the task is in lib.py.
 """
@@ -62,17 +62,17 @@ class Config:
     batch_size: int = option(32, "images a step", lambda value: value > 0)
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    rare_repeat: int = option(4, "how often an epoch shows images that hold a class under 2 %% of the pixels",
+    rare_repeat: int = option(8, "how often an epoch shows images that hold a class under 2 %% of the pixels",
                               lambda value: value > 0)
-    paste: float = option(0.25, "share of images, small ones, that get patches of such a class",
+    paste: float = option(0.5, "share of images, small ones, that get patches of such a class",
                           lambda value: 0 <= value <= 1)
     patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
     alpha: float = 1.0            # factor of the focal loss
-    second_lr: float = 0.25       # stage 2's rate, as a share of lr: it must not shake its prior
+    second_lr: float = 0.5        # stage 2's rate, as a share of lr: it goes on with stage 1's weights
     first_class: int = 1          # 0: background too is learnt and predicted; 1: ignored, never predicted
-    refine: str = "correct"       # stage 2 corrects stage 1's log-probabilities, or fills in its "background"
+    refine: str = "correct"       # stage 2 corrects stage 1's labels, or fills in its "background" alone
     select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
     geometric: tuple = ()         # shift, scale, degrees
     light: float = 0.0            # brightness and contrast
@@ -147,29 +147,26 @@ class Run:
 class View:
     """What a network looks at. In stage 2 also what stage 1 said there."""
 
-    images: torch.Tensor                 # uint8 (N, H, W)
-    probs: torch.Tensor | None = None    # in 1/255, uint8 (N, NUM_CLASSES, H, W)
-    cleaned: torch.Tensor | None = None  # masks, uint8 (N, H, W)
-    paste: float = 0.0                   # share of the images trained on that get patches of rare classes
+    images: torch.Tensor                    # uint8 (N, H, W)
+    paste: float = 0.0                      # share of the images trained on that get patches of rare classes
+    cleaned: torch.Tensor | None = None     # masks, uint8 (N, H, W)
+    confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, H, W)
 
 
 def network_input(run: Run, view: View, index) -> torch.Tensor:
     """Return the input batch of the images at index (tensor or slice), float (B, C, H, W).
 
-    Stage 1: the standardised image. Stage 2, "correct": also the cleaned mask one-hot, the confidence, and
-    the log-probabilities that the network adds its correction to. Stage 2, "background": also a flag, 0
-    where stage 1 said background and -1 elsewhere.
+    Stage 1: the standardised image. Stage 2, "correct": also stage 1's cleaned mask one-hot, and its
+    confidence. Stage 2, "background": also a flag, 0 where stage 1 said background and -1 elsewhere.
     """
     x = ((view.images[index].float() - run.data.mean) / run.data.std)[:, None]
-    if view.probs is None:
+    if view.cleaned is None:
         return x
     cleaned = view.cleaned[index][:, None]
     if run.cfg.refine == "background":
         return torch.cat([x, -(cleaned != 0).float()], 1)
-    probs = view.probs[index, run.cfg.first_class:].float() / 255
     classes = torch.arange(run.cfg.first_class, NUM_CLASSES, device=run.device)[:, None, None]
-    return torch.cat([x, (cleaned == classes).float(), probs.amax(1, keepdim=True),
-                      probs.clamp_min(1 / 510).log()], 1)
+    return torch.cat([x, (cleaned == classes).float(), view.confidence[index][:, None].float() / 255], 1)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -193,14 +190,16 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
     return x.contiguous(memory_format=torch.channels_last), y
 
 
-def new_training(run: Run, stage: int, fold: int) -> dict:
-    """Return all that training changes, by name; the first weights depend on (seed, stage, fold) alone."""
+def new_training(run: Run, stage: int, fold: int, parent: lib.UNet | None = None) -> dict:
+    """Return all that training changes, by name; the first weights are the parent's, where there is one, or
+    depend on (seed, stage, fold) alone."""
     cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
-    residual = stage == 2 and cfg.refine == "correct"
-    channels = 2 + outputs if residual else stage
+    channels = 2 + outputs if stage == 2 and cfg.refine == "correct" else stage
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, fold, 0).initial_seed())
-        model = lib.UNet(channels, outputs, run.plan["width"], residual=residual)
+        model = lib.UNet(channels, outputs, run.plan["width"])
+    if parent is not None:
+        model.start_from(parent)
     model = model.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr * (cfg.second_lr if stage == 2 else 1),
                                   weight_decay=cfg.weight_decay, fused=True)
@@ -264,9 +263,9 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
     return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion)[0]}
 
 
-def resume(run: Run, stage: int, fold: int) -> tuple[dict, dict | None]:
+def resume(run: Run, stage: int, fold: int, parent: lib.UNet | None) -> tuple[dict, dict | None]:
     """Return new_training's parts as the last epoch left them, and its checkpoint or None."""
-    parts, state = new_training(run, stage, fold), lib.load_checkpoint(run.checkpoint(stage, fold))
+    parts, state = new_training(run, stage, fold, parent), lib.load_checkpoint(run.checkpoint(stage, fold))
     if state and not state["finished"]:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -285,21 +284,23 @@ def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tup
     return record if np.isfinite(loss + record["val_loss"]) else "the loss is not finite"
 
 
-def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, deadline: float) -> lib.UNet:
+def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, deadline: float,
+        parent: lib.UNet | None = None) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
 
-    Args: targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock. A kill costs an epoch at most.
+    Args: targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock; parent, a network to start from
+    and to keep if nothing better is found. A kill costs an epoch at most.
     An epoch that went wrong is done again from the last good one at half the rate; UserError the third time.
     """
     cfg, path, failures = run.cfg, run.checkpoint(stage, fold), 0
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    parts, state = resume(run, stage, fold)
+    parts, state = resume(run, stage, fold, parent)
     if state is None:
         affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
         state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
                  "best": None, "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
-        if parts["ema"].residual:  # the untouched prior is a candidate too
+        if parent is not None:
             state["best"] = copy.deepcopy(parts["ema"].state_dict())
             state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, fold] = state["history"]
@@ -319,7 +320,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
             if failures == 3:
                 raise UserError(f"{record}, three times; try a smaller --lr or --batch-size")
             print(f"{record}; again from the last good one, at half the rate", flush=True)
-            parts = resume(run, stage, fold)[0]
+            parts = resume(run, stage, fold, parent)[0]
             parts["optimizer"].param_groups[0]["lr"] = rate / 2
             continue
         record["lr"], group["lr"] = group["lr"], rate
@@ -373,12 +374,14 @@ SIZES = ((5, 32, 40), (5, 24, 36), (5, 16, 18), (3, 16, 14), (3, 12, 10), (2, 12
 def make_plan(run: Run) -> dict:
     """Return folds, width and epochs that fit into 7/8 of the time left: the machine may slow down."""
     cfg, n, m = run.cfg, len(run.images), len(run.test_images)
+    rare = run.is_rare[run.masks.int()].flatten(1).any(1).float().mean()
+    shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
 
     def cost(folds: int, speed: float) -> tuple[float, float, int]:
         """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
         part = 1 / folds if folds > 1 else 1 / 7
-        epoch = n * (1.1 * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
-        passes = cfg.stages * (1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds
+        epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
+        passes = cfg.stages * ((1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
         predict = 0.35 * passes / speed + 1e-3 * m
         return epoch, predict, int(0.875 * (run.clock.left() - predict) / (folds * epoch))
     measured = cfg.width or 16
@@ -391,7 +394,7 @@ def make_plan(run: Run) -> dict:
         speed = measure_speed(run, width)
     epoch_seconds, predict_seconds, epochs = cost(folds, speed)
     epochs = max(2, min(epochs, 2 * cfg.most_epochs))
-    first = cfg.epochs or (round(0.7 * epochs) if cfg.stages == 2 else epochs)
+    first = cfg.epochs or (round(0.8 * epochs) if cfg.stages == 2 else epochs)
     second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
     small = 1 - 0.7 * run.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
     first = cfg.epochs or round(first / small)
@@ -403,7 +406,8 @@ def make_plan(run: Run) -> dict:
 
 # ---------------------------------------------------------------------------------------- two stages
 
-def train_stage(run: Run, stage: int, views: list[View], targets: torch.Tensor, end: float) -> list[lib.UNet]:
+def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: float,
+                parents: list[lib.UNet] | None = None) -> list[lib.UNet]:
     """Return the networks of a stage, one a fold, by `end` seconds of the clock; fewer when time runs out."""
     models = []
     for fold in range(run.folds):
@@ -414,7 +418,8 @@ def train_stage(run: Run, stage: int, views: list[View], targets: torch.Tensor, 
             if late and not needed:
                 raise UserError("time is short")
             deadline = used + (end - used) / (run.folds - fold)
-            models.append(fit(run, stage, fold, views[fold], targets, deadline))
+            parent = parents[fold] if parents else None
+            models.append(fit(run, stage, fold, view, targets, deadline, parent))
         except UserError as e:
             if needed:
                 raise
@@ -431,7 +436,7 @@ def predict(run: Run, model: lib.UNet, view: View, index=None, tta: bool = True)
                              run.device, run.dtype, run.cfg.first_class, tta and run.cfg.tta)
 
 
-def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarray:
+def out_of_fold(run: Run, models: list[lib.UNet], view: View) -> np.ndarray:
     """Return each training image's probabilities, uint8 (N, C, H, W), from the network that never saw it.
 
     With one split there is none for the images trained on: they get the one there is. Hence folds.
@@ -440,19 +445,28 @@ def out_of_fold(run: Run, models: list[lib.UNet], views: list[View]) -> np.ndarr
     probs = np.zeros((n, NUM_CLASSES, h, w), np.uint8)
     for fold, model in enumerate(models):
         chosen = run.fold_of == fold if run.folds > 1 else np.ones(n, bool)
-        probs[chosen] = predict(run, model, views[fold], run.index(chosen))
+        probs[chosen] = predict(run, model, view, run.index(chosen))
     return probs
 
 
-def predicted_cells(run: Run, models: list[lib.UNet], probs: np.ndarray) -> list[np.ndarray]:
+def predict_stages(run: Run, networks: tuple, images: torch.Tensor, tta: bool = True) -> dict:
+    """Return stage → probabilities of images, as predict gives them, by one fold's networks: the second sees
+    what the first said."""
+    said = {"stage1": predict(run, networks[0], View(images), tta=tta)}
+    if len(networks) == 2:
+        said["stage2"] = predict(run, networks[1], second_view(run, images, said["stage1"]), tta=tta)
+    return said
+
+
+def predicted_cells(run: Run, stages: list[list[lib.UNet]], probs: np.ndarray) -> list[np.ndarray]:
     """Return each fold's predicted class shares, float32 (N + M, C, h, w): out of fold of the training tiles,
-    and of the test tiles by the fold's network."""
-    ours = lib.to_cells(probs) / 255
-    if not len(run.test_images):
-        return [ours] * run.folds
-    parts = [View(part) for part in run.test_images.split(500)]  # bounded memory
-    cells = ((lib.to_cells(predict(run, one, part, tta=False)) / 255 for part in parts) for one in models)
-    return [np.concatenate([ours, *test]) for test in cells]
+    and of the test tiles by the fold's networks."""
+    ours, cells = lib.to_cells(probs) / 255, []
+    parts = run.test_images.split(500) if len(run.test_images) else ()  # bounded memory
+    for networks in zip(*stages, strict=True):
+        said = (predict_stages(run, networks, part, tta=False).popitem()[1] for part in parts)
+        cells.append(np.concatenate([ours, *(lib.to_cells(test) / 255 for test in said)]))
+    return cells
 
 
 def final_masks(run: Run, probs: np.ndarray, factors=(1,) * NUM_CLASSES,
@@ -465,29 +479,22 @@ def final_masks(run: Run, probs: np.ndarray, factors=(1,) * NUM_CLASSES,
     return lib.clean_masks(labels)
 
 
-def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, ratio: np.ndarray | None) -> View:
-    """Return stage 2's view of images, given stage 1's probabilities there and what the frames say."""
-    probs = probs if ratio is None else lib.reweigh(probs, ratio, run.cfg.first_class)
-    cleaned = torch.from_numpy(final_masks(run, probs)).to(run.device)
-    # where a prior is corrected a patch that brings its own taught nothing good
-    paste = run.cfg.paste if run.cfg.refine == "background" else 0.0
-    return View(images, torch.from_numpy(probs).to(run.device), cleaned, paste)
+def second_view(run: Run, images: torch.Tensor, probs: np.ndarray) -> View:
+    """Return stage 2's view of images, given stage 1's probabilities there, uint8 (B, C, H, W)."""
+    said = final_masks(run, probs), probs.max(1)
+    cleaned, confidence = (torch.from_numpy(array).to(run.device) for array in said)
+    # our networks begin with what stage 1 learnt from patches; the published ones begin anew
+    return View(images, run.cfg.paste if run.cfg.refine == "background" else 0.0, cleaned, confidence)
 
 
 def predict_test(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
                  part: slice) -> dict[str, np.ndarray]:
-    """Return step → probabilities of a part of the test images, summed over the folds, uint16 (B, C, H, W).
-
-    Each second network corrects the first of its own fold; the mean is taken last.
-    """
-    images, sums = run.test_images[part], {}
+    """Return step → probabilities of a part of the test images, summed over folds, uint16 (B, C, H, W)."""
+    sums = {}
     for fold, networks in enumerate(zip(*stages, strict=True)):
-        said = {"stage1": predict(run, networks[0], View(images))}
-        view = second_view(run, images, said["stage1"], ratios[fold][part] if ratios else None)
+        said = predict_stages(run, networks, run.test_images[part])
         if ratios:
-            said["frames"] = view.probs.cpu().numpy()
-        if len(networks) == 2:
-            said["stage2"] = predict(run, networks[1], view)
+            said["frames"] = lib.reweigh(said[[*said][-1]], ratios[fold][part], run.cfg.first_class)
         for name, probs in said.items():
             sums[name] = sums.get(name, np.uint16(0)) + probs
     return sums
@@ -541,27 +548,24 @@ def refine(run: Run, models: list[lib.UNet], probs: np.ndarray, labels: dict, me
            end: float) -> tuple[list[list[lib.UNet]], list[np.ndarray], np.ndarray]:
     """Return all stages' networks, each fold's evidence of the frames on the test set, and the last
     out-of-fold probs, given stage 1's; what each step says and scores goes into labels and metrics."""
-    known, ratios, stages = [], [], [models]
+    stages, ratios = [models], []
+    if run.cfg.stages == 2:
+        view, targets, ours = second_view(run, run.images, probs), run.masks, run.cfg.refine == "correct"
+        if not ours:
+            targets = torch.where(view.cleaned == 0, targets, -1)
+        second = train_stage(run, 2, view, targets, end, models if ours else None)
+        if len(second) == run.folds:
+            corrected = out_of_fold(run, second, view)
+            labels["stage2"] = score(run, "stage2", corrected, metrics, run.folds, labels["stage1"])
+            if not ours or metrics["stage2_miou"] > metrics["stage1_miou"]:  # else it was in vain
+                stages, probs = [models, second], corrected
     if run.place is not None:
         metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
-        said = predicted_cells(run, models, probs)
+        said = predicted_cells(run, stages, probs)
         known, ratios = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
-    if known or run.cfg.stages == 2:
-        views = [second_view(run, run.images, probs, ratio) for ratio in known or [None] * run.folds]
-    if known:
-        probs = probs.copy()
-        for fold, view in enumerate(views):
-            probs[run.fold_of == fold] = view.probs[run.index(run.fold_of == fold)].cpu().numpy()
-        labels["frames"] = score(run, "frames", probs, metrics, run.folds)
-    if run.cfg.stages == 2:
-        targets = run.masks
-        if run.cfg.refine == "background":
-            targets = torch.where(views[0].cleaned == 0, targets, -1)
-        second = train_stage(run, 2, views, targets, end)
-        if len(second) == run.folds:
-            stages.append(second)
-            probs = out_of_fold(run, second, views)
-            labels["stage2"] = score(run, "stage2", probs, metrics, run.folds, labels["stage1"])
+        if ratios:
+            probs = lib.reweigh(probs, known, run.cfg.first_class)
+            labels["frames"] = score(run, "frames", probs, metrics, run.folds)
     return stages, ratios, probs
 
 
@@ -573,10 +577,9 @@ def solve(cfg: Config) -> dict:
     work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
     metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
     # after small images with patches come whole ones as they are: that is what will be predicted
-    views = [View(run.images, paste=0.0 if run.small_share else cfg.paste)] * run.folds
-    labels, ratios = {}, []
-    stages = [train_stage(run, 1, views, run.masks, used + (end - used) * work[0] / sum(work))]
-    probs = out_of_fold(run, stages[0], views)
+    view, labels, ratios = View(run.images, paste=0.0 if run.small_share else cfg.paste), {}, []
+    stages = [train_stage(run, 1, view, run.masks, used + (end - used) * work[0] / sum(work))]
+    probs = out_of_fold(run, stages[0], view)
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
     if len(stages[0]) == run.folds:
         try:

@@ -24,15 +24,15 @@ def main(argv: list[str]) -> dict[str, float]:
     if not (Path(cfg.out).expanduser() / "state" / "stage1_fold0.pt").exists():
         raise lib.UserError(f"--out {cfg.out} holds no run; solve.py trains one")
     run = solve.open_run(cfg)
-    models, views = [], [solve.View(run.images)] * run.folds
+    models = []
     for fold in range(run.folds):
         models.append(solve.new_training(run, 1, fold)["ema"])
         state = lib.load_checkpoint(run.checkpoint(1, fold))
         if state is None or not state["finished"] or run.place is None:
             raise lib.UserError(f"{run.state.parent}: no finished first stage, or no frames")
         models[-1].load_state_dict(state["best"])
-    probs = solve.out_of_fold(run, models, views)
-    said = solve.predicted_cells(run, models, probs)
+    probs = solve.out_of_fold(run, models, solve.View(run.images))
+    said = solve.predicted_cells(run, [models], probs)
     rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)
     places = {"with frames": true}
     for draw in range(3):
@@ -41,11 +41,8 @@ def main(argv: list[str]) -> dict[str, float]:
     metrics: dict = {}
     solve.score(run, "stage 1", probs, metrics, run.folds)
     for name, run.place in places.items():
-        known, _ = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
-        own = probs.copy()
-        for fold in range(run.folds) if known else ():
-            chosen = run.fold_of == fold
-            own[chosen] = lib.reweigh(probs[chosen], known[fold][chosen], run.cfg.first_class)
+        known, some = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
+        own = lib.reweigh(probs, known, run.cfg.first_class) if some else probs
         solve.score(run, name, own, metrics, run.folds)
     return {name: metrics[f"{name}_miou"] for name in ("stage 1", *places)}
 

@@ -248,7 +248,7 @@ def test_33_out_of_memory_in_stage_2(argv, monkeypatch):
     real = solve.train_one_epoch
 
     def train(run, parts, view, *rest):
-        if view.probs is not None:
+        if view.cleaned is not None:
             raise MEMORY
         return real(run, parts, view, *rest)
 
@@ -259,7 +259,7 @@ def test_33_out_of_memory_in_stage_2(argv, monkeypatch):
 @pytest.mark.parametrize("error", [MemoryError("no"), ValueError("a bug"), FULL, MEMORY])
 def test_a_submission_whatever_fails_after_stage_1(argv, monkeypatch, error):
     """Stage 1 is submitted if what comes after it fails, be it by a fault of the kit."""
-    monkeypatch.setattr(solve, "final_masks", failing(solve.final_masks, error, 2))  # the first is stage 1's
+    monkeypatch.setattr(solve, "final_masks", failing(solve.final_masks, error, 3))  # two folds of stage 1
     finished(argv, "stage 1 is submitted", "submitted: stage1")
 
 

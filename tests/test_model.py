@@ -1,5 +1,6 @@
 """The network, its loss and the averaged weights."""
 
+import copy
 import math
 
 import pytest
@@ -47,12 +48,11 @@ def test_other_sizes_follow_the_same_formula(channels, classes, width):
 
 
 @pytest.mark.parametrize("h,w", [(64, 128), (65, 127), (1, 1), (16, 17), (3, 200)])
-@pytest.mark.parametrize("residual", [False, True])
-def test_any_size_in_same_size_out(h, w, residual):
+def test_any_size_in_same_size_out(h, w):
     """Fault 19: the full-size logits have the input's height and width; in evaluation they are the only
     ones."""
-    model = lib.UNet(2, 4, 2, residual=residual).eval()
-    out = model(torch.randn(2, 6 if residual else 2, h, w))
+    model = lib.UNet(2, 4, 2).eval()
+    out = model(torch.randn(2, 2, h, w))
     assert [o.shape for o in out] == [(2, 4, h, w)] and out[0].isfinite().all()
 
 
@@ -105,25 +105,18 @@ def test_gate_has_one_channel_and_looks_at_the_encoder():
     assert (out[0, :3, 0, 0] == -1).all() and (out[0, :3, 1, 1].abs() < 1e-30).all()
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_residual_starts_exactly_at_the_prior(training):
-    """Before its first step the residual network returns the prior's log-probabilities, bit for bit."""
+def test_a_network_starts_from_another():
+    """With more input channels it first gives the other's logits, bit for bit, whatever the new ones hold;
+    they are learnt all the same; the other stays as it is."""
     torch.manual_seed(0)
-    model = lib.UNet(2, 4, 4, residual=True).train(training)
+    other, model = lib.UNet(1, 4, 4).eval(), lib.UNet(6, 4, 4).eval()
+    before = copy.deepcopy(other.state_dict())
+    model.start_from(other)
     x = torch.randn(2, 6, 33, 50)
-    out = model(x)
-    assert torch.equal(out[0], x[:, 2:])
-    if training:  # the inner outputs start at the prior's mean over their pixels
-        assert torch.equal(out[2][..., :8, :12], F.avg_pool2d(x[:, 2:], 4)[..., :8, :12])
-
-
-def test_residual_does_not_convolve_the_prior():
-    """The first convolution sees in_channels channels only, and the correction is learnt: heads get
-    gradients."""
-    model = lib.UNet(2, 4, 4, residual=True)
-    assert model.encoder[0][0].in_channels == 2
-    model(torch.randn(2, 6, 32, 32))[0].square().mean().backward()
-    assert model.heads[0].weight.grad.abs().sum() > 0
+    torch.testing.assert_close(model(x)[0], other(x[:, :1])[0], atol=1e-5, rtol=1e-5)
+    model.train()(x)[0].square().mean().backward()
+    assert model.encoder[0][0].weight.grad[:, 1:].abs().sum() > 0
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
 # ------------------------------------------------------------------------------ focal loss

@@ -358,16 +358,17 @@ def probabilities(out, stage, fold, images):
 
 def test_scores_are_out_of_fold(run):
     """Stage 1's scores come again from its saved networks, each asked about the images that it never saw, and
-    no others."""
+    no others; what a fold's rare classes are multiplied by was fitted to the other fold."""
     out, _ = run
     images, masks = tiny_arrays()["training_set"].swapaxes(0, 1)
     fold_of = lib.make_folds(images, masks, 2, 0)
-    pred = np.zeros_like(masks)
+    pred, probs = np.zeros_like(masks), np.zeros((len(masks), 5, *masks.shape[1:]), np.uint8)
+    for fold in (0, 1):
+        probs[fold_of == fold, 1:] = probabilities(out, 1, fold, images[fold_of == fold])
     for fold in (0, 1):
         mine = fold_of == fold
-        pred[mine] = lib.clean_masks(
-            (probabilities(out, 1, fold, images[mine]).argmax(1) + 1).astype(np.uint8)
-        )
+        factors = np.float32(lib.fit_factors(probs[~mine], masks[~mine]))
+        pred[mine] = lib.clean_masks(lib.decide(probs[mine], factors, 1))
     metrics = strict_json(out / "metrics.json")
     assert metrics["stage1_miou"] == pytest.approx(keras_mean_iou(masks, pred, 5, 0), abs=2e-3)
     assert metrics["stage1_paper_miou"] == pytest.approx(keras_mean_iou(masks, pred, 5, None), abs=2e-3)
@@ -387,14 +388,15 @@ def test_test_labels_are_scored(run):
 
 
 def test_one_stage_is_the_mean_over_folds(tmp_path):
-    """--stages 1: the submission is the cleaned argmax of both networks' probabilities, recomputed from their
-    files."""
+    """--stages 1: the submission is the cleaned argmax of both networks' probabilities times the factors,
+    recomputed from their files."""
     status, _, err = start(["--data", write(tmp_path), "--out", tmp_path / "out", "--stages", "1", *FAST])
     assert status == 0, err
     assert not list((tmp_path / "out" / "state").glob("stage2*"))
     images = tiny_arrays()["test_set"]
     total = sum(probabilities(tmp_path / "out", 1, fold, images) for fold in (0, 1))
-    want = lib.clean_masks((total.argmax(1) + 1).astype(np.uint8)).reshape(6, -1)
+    factors = np.float32(strict_json(tmp_path / "out" / "metrics.json")["stage1_factors"][1:])
+    want = lib.clean_masks(((total * factors[:, None, None]).argmax(1) + 1).astype(np.uint8)).reshape(6, -1)
     got = lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64)
     assert (got == want).mean() > 0.998  # rounding of 1/255 may tip a pixel
 
@@ -721,7 +723,7 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     every = torch.arange(len(run.images))
     donors = every[(run.masks == 4).flatten(1).any(1)]
     probs = np.full((len(every), 5, *run.images.shape[1:]), 51, np.uint8)
-    views = solve.View(run.images, paste=1.0), solve.second_view(run, run.images, probs, None)
+    views = solve.View(run.images, paste=1.0), solve.second_view(run, run.images, probs)
     changed = []
     for view in views:
         gen = torch.Generator().manual_seed(0)
@@ -752,6 +754,6 @@ def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
     argv = ["--data", write_npz(**tiny(h=65, w=127)), "--out", tmp_path / "out", *FAST, "--epochs", "3"]
     assert start(argv)[0] == 0
     for fold in (0, 1):
-        for stage, want in ((1, [[33, 0.25], [33, 0.25], [65, 0]]), (2, [[65, 0]] * 3)):
+        for stage, want in ((1, [[33, 0.5], [33, 0.5], [65, 0]]), (2, [[65, 0]] * 3)):
             assert [rest for s, k, _, *rest in seen if (s, k) == (stage, fold)] == want
         assert lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best_epoch"] == 3
