@@ -1078,12 +1078,13 @@ def fit_factors(probs: np.ndarray, masks: np.ndarray) -> list[float]:
     the likeliest (for F1 that is Lipton et al. 2014). Shape: probs (N, C, H, W), masks (N, H, W).
     """
     factors = np.ones(NUM_CLASSES, np.float32)
-    probs, masks, scores = probs[..., 2::4, 2::4], masks[:, 2::4, 2::4], {}
+    probs, masks = probs[..., 2::4, 2::4], masks[:, 2::4, 2::4]
     for rare in np.flatnonzero(rare_classes(masks)):
-        for factors[rare] in (1, 0.5, 0.7, 1.4, 2, 2.8, 4):
-            scores[factors[rare]] = iou_scores(confusion_matrix(masks, decide(probs, factors, 1)))[0]
+        scores = {}
+        for factor in (1, 0.5, 0.7, 1.4, 2, 2.8, 4):  # of equals the first
+            factors[rare] = factor
+            scores[factor] = iou_scores(confusion_matrix(masks, decide(probs, factors, 1)))[0]
         factors[rare] = max(scores, key=scores.get)
-        scores.clear()
     return factors.tolist()
 
 

@@ -86,7 +86,7 @@ class Config:
     level_weights: tuple = (0.1, 0.1, 0.1)  # of the outputs at 1/2, 1/4 and 1/8 of the size
 
 
-PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1,
+PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1, paste=0.25,
              patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
              geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False, most_epochs=300,
              weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, level_weights=(0.2, 0.3, 0.5))

@@ -401,6 +401,30 @@ def test_one_stage_is_the_mean_over_folds(tmp_path):
     assert (got == want).mean() > 0.998  # rounding of 1/255 may tip a pixel
 
 
+def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
+    """Where stage 2 is worse out of fold the submission is stage 1's, and nothing asks stage 2 of the test
+    set; the report still shows both."""
+    real, asked = solve.score, []
+
+    def worse(run, name, probs, metrics, *rest):
+        labels = real(run, name, probs, metrics, *rest)
+        metrics["stage2_miou"] = -1.0
+        return labels
+
+    def watched(run, networks, *rest, predict=solve.predict_stages, **kwargs):
+        asked.append(len(networks))
+        return predict(run, networks, *rest, **kwargs)
+
+    monkeypatch.setattr(solve, "score", worse)
+    monkeypatch.setattr(solve, "predict_stages", watched)
+    out = shutil.copytree(run[0], tmp_path / "out")
+    assert start(["--data", write(tmp_path), "--out", out, *FAST])[0] == 0
+    metrics = strict_json(out / "metrics.json")
+    assert metrics["submitted"] == "stage1" and set(asked) == {1} and "test_stage2_miou" not in metrics
+    assert metrics["test_miou"] == metrics["test_stage1_miou"]
+    assert "stage2" in (out / "report.html").read_text()
+
+
 def test_it_learns(uninterrupted):
     """Five epochs on tiles that a threshold could tell apart: far above the 0.1 of one class everywhere."""
     metrics = strict_json(uninterrupted[1] / "metrics.json")
