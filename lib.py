@@ -1521,7 +1521,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     parts += [f'<i style="background:rgb{tuple(color)}"></i>{name}'
               for name, color in zip(CLASSES, PALETTE.tolist(), strict=True)]
     known = data.masks > 0
-    right = ((data.masks == labels[stages[-1]]) & known).sum((1, 2)) / known.sum((1, 2)).clip(1)
+    right = ((data.masks == labels[metrics["submitted"]]) & known).sum((1, 2)) / known.sum((1, 2)).clip(1)
     order = np.argsort(right, kind="stable")
     order = order[(validated & (known.mean((1, 2)) > 0.25))[order]]
     middle, rock = len(order) // 2, np.flatnonzero(validated & (data.masks == NUM_CLASSES - 1).any((1, 2)))

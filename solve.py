@@ -227,6 +227,7 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
     total, before = torch.zeros((), device=run.device), int(model.encoder[0][1].num_batches_tracked)
     model.train()
     for steps, index in enumerate(order.split(batch_size(run, len(train_index)))[:most_steps], 1):
+        index = index.repeat(2) if len(index) == 1 else index  # batch norm wants two values
         x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
@@ -280,6 +281,7 @@ def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tup
         record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1])}
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(split[0])), e)
+        lib.write_json(run.state / "plan.json", run.plan)
         return "out of memory"
     return record if np.isfinite(loss + record["val_loss"]) else "the loss is not finite"
 
@@ -382,7 +384,7 @@ def make_plan(run: Run) -> dict:
         part = 1 / folds if folds > 1 else 1 / 7
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
         passes = cfg.stages * ((1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
-        predict = 0.35 * passes / speed + 1e-3 * m
+        predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
         return epoch, predict, int(0.875 * (run.clock.left() - predict) / (folds * epoch))
     measured = cfg.width or 16
     speed = measure_speed(run, measured)
@@ -394,7 +396,7 @@ def make_plan(run: Run) -> dict:
         speed = measure_speed(run, width)
     epoch_seconds, predict_seconds, epochs = cost(folds, speed)
     epochs = max(2, min(epochs, 2 * cfg.most_epochs))
-    first = cfg.epochs or (round(0.8 * epochs) if cfg.stages == 2 else epochs)
+    first = cfg.epochs or (min(epochs - 1, round(0.8 * epochs)) if cfg.stages == 2 else epochs)
     second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
     small = 1 - 0.7 * run.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
     first = cfg.epochs or round(first / small)
@@ -407,8 +409,9 @@ def make_plan(run: Run) -> dict:
 # ---------------------------------------------------------------------------------------- two stages
 
 def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: float,
-                parents: list[lib.UNet] | None = None) -> list[lib.UNet]:
-    """Return the networks of a stage, one a fold, by `end` seconds of the clock; fewer when time runs out."""
+                parents: list) -> list[lib.UNet]:
+    """Return the networks of a stage, one a fold, by `end` seconds of the clock; fewer when time runs out or
+    one fails. Args: parents, for each fold the network to start from or None."""
     models = []
     for fold in range(run.folds):
         used, seconds = run.clock.used(), run.plan["epoch_seconds"]
@@ -418,9 +421,8 @@ def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: fl
             if late and not needed:
                 raise UserError("time is short")
             deadline = used + (end - used) / (run.folds - fold)
-            parent = parents[fold] if parents else None
-            models.append(fit(run, stage, fold, view, targets, deadline, parent))
-        except UserError as e:
+            models.append(fit(run, stage, fold, view, targets, deadline, parents[fold]))
+        except Exception as e:  # whatever it is, there may be something to submit
             if needed:
                 raise
             print(f"{e}: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
@@ -496,7 +498,7 @@ def predict_test(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray
         if ratios:
             said["frames"] = lib.reweigh(said[[*said][-1]], ratios[fold][part], run.cfg.first_class)
         for name, probs in said.items():
-            sums[name] = sums.get(name, np.uint16(0)) + probs
+            sums[name] = np.add(sums.get(name, 0), probs, dtype=np.uint16)
     return sums
 
 
@@ -544,21 +546,31 @@ def open_run(cfg: Config) -> Run:
     return run
 
 
+def second_stage(run: Run, models: list[lib.UNet], probs: np.ndarray,
+                 end: float) -> tuple[list[lib.UNet], np.ndarray]:
+    """Return the second networks and their out-of-fold probs, given the first's; UserError without time."""
+    view, targets, parents = second_view(run, run.images, probs), run.masks, models
+    if run.cfg.refine == "background":
+        targets, parents = torch.where(view.cleaned == 0, targets, -1), [None] * run.folds
+    second = train_stage(run, 2, view, targets, end, parents)
+    if len(second) < run.folds:
+        raise UserError(f"{len(second)} of {run.folds} folds are not enough")
+    return second, out_of_fold(run, second, view)
+
+
 def refine(run: Run, models: list[lib.UNet], probs: np.ndarray, labels: dict, metrics: dict,
            end: float) -> tuple[list[list[lib.UNet]], list[np.ndarray], np.ndarray]:
     """Return all stages' networks, each fold's evidence of the frames on the test set, and the last
     out-of-fold probs, given stage 1's; what each step says and scores goes into labels and metrics."""
     stages, ratios = [models], []
     if run.cfg.stages == 2:
-        view, targets, ours = second_view(run, run.images, probs), run.masks, run.cfg.refine == "correct"
-        if not ours:
-            targets = torch.where(view.cleaned == 0, targets, -1)
-        second = train_stage(run, 2, view, targets, end, models if ours else None)
-        if len(second) == run.folds:
-            corrected = out_of_fold(run, second, view)
+        try:
+            second, corrected = second_stage(run, models, probs, end)
             labels["stage2"] = score(run, "stage2", corrected, metrics, run.folds, labels["stage1"])
-            if not ours or metrics["stage2_miou"] > metrics["stage1_miou"]:  # else it was in vain
+            if run.cfg.refine == "background" or metrics["stage2_miou"] > metrics["stage1_miou"]:
                 stages, probs = [models, second], corrected
+        except Exception as e:  # whatever it is, there is a first stage
+            print(f"stage 2: {type(e).__name__}: {e}; going on without", flush=True)
     if run.place is not None:
         metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
         said = predicted_cells(run, stages, probs)
@@ -578,19 +590,18 @@ def solve(cfg: Config) -> dict:
     metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
     # after small images with patches come whole ones as they are: that is what will be predicted
     view, labels, ratios = View(run.images, paste=0.0 if run.small_share else cfg.paste), {}, []
-    stages = [train_stage(run, 1, view, run.masks, used + (end - used) * work[0] / sum(work))]
+    first_end = used + (end - used) * work[0] / sum(work)
+    stages = [train_stage(run, 1, view, run.masks, first_end, [None] * run.folds)]
     probs = out_of_fold(run, stages[0], view)
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
-    if len(stages[0]) == run.folds:
-        try:
+    try:
+        if len(stages[0]) == run.folds:
             stages, ratios, probs = refine(run, stages[0], probs, labels, metrics, end)
-        except Exception as e:  # whatever it is, there is something to submit
-            print(f"after stage 1: {type(e).__name__}: {e}; stage 1 is submitted", flush=True)
-            labels = {"stage1": labels["stage1"]}
-    # the published system always submits its second stage
-    best = max(labels, key=lambda name: metrics[f"{name}_miou"]) if cfg.refine == "correct" else [*labels][-1]
-    metrics["submitted"] = best
-    test_labels = write_outputs(run, stages, ratios, metrics) if len(run.test_images) else None
+        test_labels = write_outputs(run, stages, ratios, labels, metrics)
+    except Exception as e:  # whatever it is, there is something to submit
+        print(f"after stage 1: {type(e).__name__}: {e}; stage 1 is submitted", flush=True)
+        labels = {"stage1": labels["stage1"]}
+        test_labels = write_outputs(run, stages[:1], [], labels, metrics)
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.state.parent / "metrics.json", metrics)
     shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
@@ -607,29 +618,39 @@ def solve(cfg: Config) -> dict:
 
 def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
           first: np.ndarray | None = None) -> np.ndarray:
-    """Return the labels of out-of-fold probs; their scores, of the folds trained, go into metrics. A fold's
-    factors of rare classes are those that suit the others; the submission's suit all."""
-    masks, validated = run.data.masks, np.isin(run.fold_of, range(folds))
-    labels = np.zeros_like(masks)
+    """Return the labels of out-of-fold probs; their scores, of the folds trained, go into metrics.
 
-    def factors(fitted: np.ndarray) -> list[float]:
-        return lib.fit_factors(probs[fitted], masks[fitted]) if run.cfg.fit_rare else [1.0] * NUM_CLASSES
-
-    for fold in range(folds):
-        own = run.fold_of == fold
-        stage1 = None if first is None else first[own]
-        labels[own] = final_masks(run, probs[own], factors(validated & ~own), stage1)
-    result = lib.fold_scores(masks, labels, run.fold_of, folds) | {"factors": factors(validated)}
-    metrics |= {f"{name}_{key}": value for key, value in result.items()}
-    print(f"{name} out of fold: {result['miou']:.4f} ± {result['fold_std']:.4f} mean IoU, the paper's "
-          f"{result['paper_miou']:.4f}; IoU {np.round(result['iou'][1:], 3)}", flush=True)
+    Rare classes get factors where that helps: a fold those that suit the others, the submission all folds'.
+    """
+    masks, ones, best = run.data.masks, [1.0] * NUM_CLASSES, {}
+    tries = [(ones, [ones] * folds)]  # factors of the submission, and of each fold
+    if run.cfg.fit_rare and folds > 1:
+        trained = np.isin(run.fold_of, range(folds))
+        parts = [trained, *(trained & (run.fold_of != fold) for fold in range(folds))]
+        fitted = [lib.fit_factors(probs[part], masks[part]) for part in parts]
+        tries.append((fitted[0], fitted[1:]))
+    for factors, each in tries:
+        tried = np.zeros_like(masks)
+        for fold in range(folds):
+            own = run.fold_of == fold
+            tried[own] = final_masks(run, probs[own], each[fold], None if first is None else first[own])
+        result = lib.fold_scores(masks, tried, run.fold_of, folds) | {"factors": factors}
+        if not best or result["miou"] > best["miou"]:
+            labels, best = tried, result
+    metrics |= {f"{name}_{key}": value for key, value in best.items()}
+    print(f"{name} out of fold: {best['miou']:.4f} ± {best['fold_std']:.4f} mean IoU, the paper's "
+          f"{best['paper_miou']:.4f}; IoU {np.round(best['iou'][1:], 3)}", flush=True)
     return labels
 
 
-def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
-                  metrics: dict) -> np.ndarray:
-    """Predict the test set, write submission.csv and its zip, read it back, score it if labels are known;
-    return the labels submitted, uint8 (M, H, W)."""
+def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray], labels: dict,
+                  metrics: dict) -> np.ndarray | None:
+    """Choose the step to submit, predict the test set, write submission.csv and its zip, read it back, score
+    it if labels are known; return the labels submitted, uint8 (M, H, W), or None without a test set."""
+    best = max(labels, key=lambda name: metrics[f"{name}_miou"])
+    metrics["submitted"] = best if run.cfg.refine == "correct" else [*labels][-1]  # the published: the last
+    if not len(run.test_images):
+        return None
     file, parts, sure = run.state.parent / "submission.csv", {}, []
     for start in range(0, len(run.test_images), 500):  # bounded memory
         for name, sums in predict_test(run, stages, ratios, slice(start, start + 500)).items():
@@ -637,8 +658,8 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarra
             parts.setdefault(name, []).append(final_masks(run, sums, metrics[f"{name}_factors"], first))
             if name == metrics["submitted"]:
                 sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
-    labels = {name: np.concatenate(masks) for name, masks in parts.items()}
-    best = labels[metrics["submitted"]]
+    steps = {name: np.concatenate(masks) for name, masks in parts.items()}
+    best = steps[metrics["submitted"]]
     lib.write_submission(file, best)
     read = lib.check_submission(file, len(best), best[0].size, run.cfg.first_class)
     if not np.array_equal(read, best.reshape(read.shape)):
@@ -648,7 +669,7 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarra
     metrics |= {"test_shares": [round(float((best == c).mean()), 5) for c in range(NUM_CLASSES)],
                 "test_confidence": float(np.concatenate(sure).mean())}
     if run.data.test_labels is not None:
-        for name, masks in labels.items():
+        for name, masks in steps.items():
             miou, iou = lib.iou_scores(lib.confusion_matrix(run.data.test_labels, masks))
             metrics |= {f"test_{name}_miou": miou, f"test_{name}_iou": iou.tolist()}
         metrics["test_miou"] = metrics[f"test_{metrics['submitted']}_miou"]

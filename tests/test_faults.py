@@ -258,9 +258,23 @@ def test_33_out_of_memory_in_stage_2(argv, monkeypatch):
 
 @pytest.mark.parametrize("error", [MemoryError("no"), ValueError("a bug"), FULL, MEMORY])
 def test_a_submission_whatever_fails_after_stage_1(argv, monkeypatch, error):
-    """Stage 1 is submitted if what comes after it fails, be it by a fault of the kit."""
-    monkeypatch.setattr(solve, "final_masks", failing(solve.final_masks, error, 3))  # two folds of stage 1
+    """Stage 1 is submitted if stage 2 fails, be it by a fault of the kit."""
+    monkeypatch.setattr(solve, "second_view", failing(solve.second_view, error))
+    finished(argv, "going on without", "submitted: stage1")
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), ValueError("a bug"), MEMORY])
+@pytest.mark.parametrize("name", ["refine", "predict_test"])
+def test_a_submission_whatever_fails_at_last(argv, monkeypatch, name, error):
+    """And if both stages are there and what they say together cannot be had."""
+    monkeypatch.setattr(solve, name, failing(getattr(solve, name), error, 1))
     finished(argv, "stage 1 is submitted", "submitted: stage1")
+
+
+def test_a_submission_if_one_network_fails(argv, monkeypatch):
+    """One network of two is enough."""
+    monkeypatch.setattr(solve, "evaluate", failing(solve.evaluate, RuntimeError("CUDNN_STATUS"), 3))
+    finished(argv, "stage 1 ends after 1 of 2 folds", "submitted: stage1")
 
 
 def test_34_last_batch_of_one_image(tmp_path):
@@ -269,6 +283,13 @@ def test_34_last_batch_of_one_image(tmp_path):
     np.savez(tmp_path / "mars.npz", **arrays)
     finished(["--data", tmp_path / "mars.npz", "--out", tmp_path / "out", *FAST, "--rare-repeat", "1",
               "--batch-size", "4", "--folds", "1", "--stages", "1"])
+
+
+@pytest.mark.parametrize("images", [2, 10])
+def test_34_one_image_of_few_pixels(tmp_path, images):
+    """Tiles of 16×16 are one pixel at the bottom of the network: a batch of one has nothing to normalise."""
+    np.savez(tmp_path / "mars.npz", **tiny_arrays(images, 6, 16, 16))
+    finished(["--data", tmp_path / "mars.npz", "--out", tmp_path / "out", *FAST])
 
 
 def test_35_gpu_that_is_there_but_unusable(monkeypatch):
@@ -321,9 +342,10 @@ MOMENTS = ("", "device:", "plan:", "stage 1", "stage1 out", "stage 2", "stage2 o
 @pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.long)])
 def test_37_killed_at_any_moment(tmp_path, kills):
     """SIGKILL up to .4 s after lines of every part from loading to the CSV: the same command goes on, does at
-    most one epoch twice, and ends in the bytes of a run that nobody disturbed."""
+    most one epoch twice, and ends in the bytes of a run that nobody disturbed. Tiles of 64 × 64, so that
+    stage 1 begins with an epoch of small ones."""
     flags = [word for word in FAST if word != "--no-clean"]
-    data, rng, done, lives = write(tmp_path), random.Random(0), 0, 0
+    data, rng, done, lives = write(tmp_path, **tiny_arrays(12, 4, 64, 64)), random.Random(0), 0, 0
     assert start(["--data", data, "--out", tmp_path / "whole", *flags])[0] == 0
     want = (tmp_path / "whole" / "submission.csv").read_bytes()
     while done < kills:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -358,17 +360,23 @@ def probabilities(out, stage, fold, images):
 
 def test_scores_are_out_of_fold(run):
     """Stage 1's scores come again from its saved networks, each asked about the images that it never saw, and
-    no others; what a fold's rare classes are multiplied by was fitted to the other fold."""
+    no others; what a fold's rare classes are multiplied by was fitted to the other fold, and counts only
+    where the score is better for it."""
     out, _ = run
     images, masks = tiny_arrays()["training_set"].swapaxes(0, 1)
     fold_of = lib.make_folds(images, masks, 2, 0)
-    pred, probs = np.zeros_like(masks), np.zeros((len(masks), 5, *masks.shape[1:]), np.uint8)
+    probs = np.zeros((len(masks), 5, *masks.shape[1:]), np.uint8)
     for fold in (0, 1):
         probs[fold_of == fold, 1:] = probabilities(out, 1, fold, images[fold_of == fold])
-    for fold in (0, 1):
-        mine = fold_of == fold
-        factors = np.float32(lib.fit_factors(probs[~mine], masks[~mine]))
-        pred[mine] = lib.clean_masks(lib.decide(probs[mine], factors, 1))
+    tries = []
+    for fitted in (False, True):
+        pred = np.zeros_like(masks)
+        for fold in (0, 1):
+            mine = fold_of == fold
+            factors = lib.fit_factors(probs[~mine], masks[~mine]) if fitted else [1] * 5
+            pred[mine] = lib.clean_masks(lib.decide(probs[mine], np.float32(factors), 1))
+        tries.append(pred)
+    pred = max(tries, key=lambda pred: keras_mean_iou(masks, pred, 5, 0))
     metrics = strict_json(out / "metrics.json")
     assert metrics["stage1_miou"] == pytest.approx(keras_mean_iou(masks, pred, 5, 0), abs=2e-3)
     assert metrics["stage1_paper_miou"] == pytest.approx(keras_mean_iou(masks, pred, 5, None), abs=2e-3)
@@ -399,6 +407,40 @@ def test_one_stage_is_the_mean_over_folds(tmp_path):
     want = lib.clean_masks(((total * factors[:, None, None]).argmax(1) + 1).astype(np.uint8)).reshape(6, -1)
     got = lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64)
     assert (got == want).mean() > 0.998  # rounding of 1/255 may tip a pixel
+
+
+def test_no_network_is_trained_or_started_on_its_own_fold(tmp_path, monkeypatch):
+    """In both stages fit trains on all images but its fold's, and stage 2's network k starts from the best
+    weights of stage 1's network k: any other has seen fold k."""
+    trained, parents, real = [], {}, solve.new_training
+
+    def train(run, parts, view, targets, index, key, *rest, train=solve.train_one_epoch):
+        if key[0]:  # 0: the plan's measurement
+            trained.append(key)
+            assert index.tolist() == np.flatnonzero(run.fold_of != key[1]).tolist()
+        return train(run, parts, view, targets, index, key, *rest)
+
+    def watched(run, stage, fold, parent=None):
+        parents[stage, fold] = parent and copy.deepcopy(parent.state_dict())
+        return real(run, stage, fold, parent)
+
+    monkeypatch.setattr(solve, "train_one_epoch", train)
+    monkeypatch.setattr(solve, "new_training", watched)
+    assert start(["--data", write(tmp_path), "--out", tmp_path / "out", *FAST])[0] == 0
+    assert {key[:2] for key in trained} == {(1, 0), (1, 1), (2, 0), (2, 1)}
+    for fold in (0, 1):
+        best = lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best"]
+        assert parents[1, fold] is None
+        assert all(torch.equal(value, best[name]) for name, value in parents[2, fold].items())
+
+
+def test_sums_of_folds_do_not_overflow(monkeypatch):
+    """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88."""
+    said = np.full((2, 5, 4, 4), 200, np.uint8)
+    monkeypatch.setattr(solve, "predict_stages", lambda *_: {"stage1": said.copy()})
+    run = SimpleNamespace(test_images=torch.zeros(2, 4, 4, dtype=torch.uint8))
+    sums = solve.predict_test(run, [[None] * 3], [], slice(0, 2))["stage1"]
+    assert sums.dtype == np.uint16 and (sums == 600).all()
 
 
 def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
