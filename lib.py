@@ -1213,7 +1213,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
     """Return a generator seeded from the whole key: with (seed, stage, fold, epoch) nothing need be saved."""
-    seed = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
     return torch.Generator(device).manual_seed(seed)
 
 
