@@ -1085,7 +1085,7 @@ def fit_factors(probs: np.ndarray, masks: np.ndarray) -> list[float]:
             factors[rare] = factor
             scores[factor] = iou_scores(confusion_matrix(masks, decide(probs, factors, 1)))[0]
         factors[rare] = max(scores, key=scores.get)
-    return factors.tolist()
+    return [round(factor, 1) for factor in factors.tolist()]
 
 
 def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, folds: int) -> dict:
