@@ -280,6 +280,8 @@ def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tup
         loss = train_one_epoch(run, parts, view, targets, split[0], key)
         record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1])}
     except RuntimeError as e:
+        if "memory" not in str(e):
+            return f"{type(e).__name__}: {e}"
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(split[0])), e)
         lib.write_json(run.state / "plan.json", run.plan)
         return "out of memory"
@@ -292,7 +294,8 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
 
     Args: targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock; parent, a network to start from
     and to keep if nothing better is found. A kill costs an epoch at most.
-    An epoch that went wrong is done again from the last good one at half the rate; UserError the third time.
+    An epoch that went wrong is done again from the last good one at half the rate; the third time the network
+    stays as it was, UserError if there is none.
     """
     cfg, path, failures = run.cfg, run.checkpoint(stage, fold), 0
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
@@ -319,8 +322,11 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
             record = f"stage {stage}, fold {fold}, epoch {epoch}: {record}"
-            if failures == 3:
+            if failures == 3 and state["best"] is None:
                 raise UserError(f"{record}, three times; try a smaller --lr or --batch-size")
+            if failures == 3:
+                print(f"{record}, three times: the network stays as it was", flush=True)
+                break
             print(f"{record}; again from the last good one, at half the rate", flush=True)
             parts = resume(run, stage, fold, parent)[0]
             parts["optimizer"].param_groups[0]["lr"] = rate / 2

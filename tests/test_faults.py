@@ -206,6 +206,20 @@ def test_30_not_a_number_for_ever(argv, monkeypatch):
     refused(argv, "stage 1, fold 0, epoch 1", "not finite", "--lr")
 
 
+def test_30_not_a_number_from_the_second_epoch_on(argv, monkeypatch):
+    """A network that has an epoch behind it stays as it was, and the run ends well."""
+    nan_loss(monkeypatch, *range(20, 99))
+    finished(argv, "epoch 2: the loss is not finite, three times: the network stays as it was")
+
+
+@pytest.mark.parametrize("calls", [(4, 5, 6), (5, 6, 7)])
+def test_a_submission_if_an_epoch_cannot_be_done(argv, monkeypatch, calls):
+    """Whatever error an epoch ends with, time after time: one network's first epoch is enough."""
+    error = RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+    monkeypatch.setattr(solve, "train_one_epoch", failing(solve.train_one_epoch, error, *calls))
+    finished(argv, "CUDNN_STATUS_EXECUTION_FAILED")
+
+
 def test_30_half_the_rate(argv, monkeypatch):
     """The epoch that went wrong is done again at half the rate, from the last good weights."""
     nan_loss(monkeypatch, 8)  # 7 steps are the plan's measurement
@@ -273,7 +287,7 @@ def test_a_submission_whatever_fails_at_last(argv, monkeypatch, name, error):
 
 def test_a_submission_if_one_network_fails(argv, monkeypatch):
     """One network of two is enough."""
-    monkeypatch.setattr(solve, "evaluate", failing(solve.evaluate, RuntimeError("CUDNN_STATUS"), 3))
+    monkeypatch.setattr(solve, "evaluate", failing(solve.evaluate, ValueError("a bug"), 3))
     finished(argv, "stage 1 ends after 1 of 2 folds", "submitted: stage1")
 
 
