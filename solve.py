@@ -433,7 +433,8 @@ def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: fl
                 raise
             print(f"{e}: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
             break
-        seconds[stage - 1] = float(np.mean([epoch["seconds"] for epoch in run.histories[stage, fold]]))
+        spent = [epoch["seconds"] for epoch in run.histories[stage, fold]] or [seconds[stage - 1]]
+        seconds[stage - 1] = float(np.mean(spent))
     return models
 
 

@@ -212,12 +212,14 @@ def test_30_not_a_number_from_the_second_epoch_on(argv, monkeypatch):
     finished(argv, "epoch 2: the loss is not finite, three times: the network stays as it was")
 
 
-@pytest.mark.parametrize("calls", [(4, 5, 6), (5, 6, 7)])
-def test_a_submission_if_an_epoch_cannot_be_done(argv, monkeypatch, calls):
-    """Whatever error an epoch ends with, time after time: one network's first epoch is enough."""
+@pytest.mark.parametrize("calls,said", [((4, 5, 6), "stays as it was"), ((5, 6, 7), "after 1 of 2 folds"),
+                                        ((7, 8, 9), "stays as it was(.|\n)*stage2 out of fold")])
+def test_a_submission_if_an_epoch_cannot_be_done(argv, monkeypatch, calls, said):
+    """Whatever error an epoch ends with, time after time: one network's first epoch is enough. Calls: 1 and 2
+    are the plan's, 3 to 6 stage 1's, 7 is stage 2's first."""
     error = RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
     monkeypatch.setattr(solve, "train_one_epoch", failing(solve.train_one_epoch, error, *calls))
-    finished(argv, "CUDNN_STATUS_EXECUTION_FAILED")
+    finished(argv, "CUDNN_STATUS_EXECUTION_FAILED", said)
 
 
 def test_30_half_the_rate(argv, monkeypatch):
