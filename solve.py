@@ -288,6 +288,22 @@ def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tup
     return record if np.isfinite(loss + record["val_loss"]) else "the loss is not finite"
 
 
+def save(run: Run, path: Path, parts: dict, state: dict) -> None:
+    """Write the checkpoint that resume reads; of a finished network only what its state holds."""
+    rest = {} if state["finished"] else {name: part.state_dict() for name, part in parts.items()}
+    try:
+        lib.save_checkpoint(path, state | rest, keep_previous=not state["finished"])
+        run.clock.save()
+    except OSError as e:  # a full disk: what is in memory can still win
+        print(f"{path}: not saved ({e.strerror}); going on without", flush=True)
+
+
+def halved(run: Run, view: View, targets: torch.Tensor) -> tuple[View, torch.Tensor]:
+    """Return images and targets of half the side, rounded up, that get patches pasted."""
+    images = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
+    return View(images, paste=run.cfg.paste), targets[:, ::2, ::2]
+
+
 def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, deadline: float,
         parent: lib.UNet | None = None) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
@@ -297,7 +313,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
     An epoch that went wrong is done again from the last good one at half the rate; the third time the network
     stays as it was, UserError if there is none.
     """
-    cfg, path, failures = run.cfg, run.checkpoint(stage, fold), 0
+    cfg, failures = run.cfg, 0
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
     parts, state = resume(run, stage, fold, parent)
@@ -314,10 +330,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
-        seen = view, targets
-        if small:
-            halved = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
-            seen = View(halved, paste=cfg.paste), targets[:, ::2, ::2]
+        seen = halved(run, view, targets) if small else (view, targets)
         record = attempt(run, parts, *seen, split, (stage, fold, epoch))
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
@@ -344,12 +357,7 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         history.append(record)
         state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
                              or run.clock.used() + record["seconds"] > deadline)
-        rest = {} if state["finished"] else {name: part.state_dict() for name, part in parts.items()}
-        try:
-            lib.save_checkpoint(path, state | rest, keep_previous=not state["finished"])
-            run.clock.save()
-        except OSError as e:  # a full disk: what is in memory can still win
-            print(f"{path}: not saved ({e.strerror}); going on without", flush=True)
+        save(run, run.checkpoint(stage, fold), parts, state)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
         print(f"stage {stage}  fold {fold}  epoch {epoch}/{state['epochs']}  {figures}  used "
               f"{run.clock.used() / 60:.1f} min", flush=True)
