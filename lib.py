@@ -10,9 +10,10 @@
     8. morphology    opening and closing per class
     9. metric        confusion matrix, the competition's mean IoU and the paper's
     10. engine       flags, clock, device, precision, prediction
-    11. checkpoints  atomic files that know their own checksum
-    12. submission   the CSV as bytes, and its checker
-    13. report       one self-contained HTML page
+    11. ranks        the processes that torchrun started share folds and files
+    12. checkpoints  atomic files that know their own checksum
+    13. submission   the CSV as bytes, and its checker
+    14. report       one self-contained HTML page
 
 Arrays are NumPy on the host and torch on the device; images and masks are uint8 (N, H, W) everywhere.
 Nothing here decides anything: every choice is an argument, and solve.py makes it. Nothing runs at import.
@@ -24,6 +25,7 @@ import base64
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import html
@@ -33,6 +35,9 @@ import json
 import math
 import os
 import pickle
+import signal
+import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +49,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse.csgraph
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -470,7 +476,8 @@ def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: st
 
 # ---------------------------------------------------------------------------------------- 3. frames
 
-CELL = 8  # pixels of a side of the cells in which frames are pooled
+CELL = 8          # pixels of a side of the cells in which frames are pooled
+RARE_REACH = 0.7  # cells: a rock says nothing of the next tile, except where the border cuts it
 _STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile to the right, left, below, above
 
 
@@ -732,7 +739,7 @@ def to_cells(shares: np.ndarray) -> np.ndarray:
     return np.concatenate([F.adaptive_avg_pool2d(torch.from_numpy(p).float(), size).numpy() for p in parts])
 
 
-def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, mute: np.ndarray,
+def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: np.ndarray,
                  place: np.ndarray, reach: float) -> np.ndarray:
     """Return what frames say of their tiles' cells: log-ratios of classes to their overall shares.
 
@@ -740,8 +747,8 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, mute: 
     overall shares count as a little ground nearby, so that few witnesses say little.
 
     Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
-    predicted; hidden, bool (N,), whose labels may not be seen; mute, bool (C,), classes of which nothing is
-    said; place, (3, T) of find_frames; reach of pool_frames.
+    predicted; hidden, bool (N,), whose labels may not be seen; rare, bool (C,), classes that reach no further
+    than RARE_REACH; place, (3, T) of find_frames; reach of pool_frames.
     Returns: float32 (2, T, C, h, w), by labels and by predictions.
     """
     known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
@@ -749,9 +756,14 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, mute: 
     known[:, 0], guessed[:, 0] = 0, 0
     base = known.sum((0, 2, 3))[:, None, None]
     base = base / max(base.sum(), 1) + 1e-6
-    pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)])
-    ratios = np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
-    ratios[:, :, mute] = 0
+
+    def log_ratios(reach: float) -> np.ndarray:
+        pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)])
+        return np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
+
+    ratios = log_ratios(reach)
+    ratios[:, :, rare] = log_ratios(RARE_REACH)[:, :, rare]
+    ratios[:, :, 0] = 0
     return ratios
 
 
@@ -768,11 +780,11 @@ def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray,
     """
     n, scored = len(masks), fold_of >= 0
     truth = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1))
-    mute = rare_classes(masks) | (np.arange(NUM_CLASSES) == 0)  # a rock says nothing of the next tile
+    rare = rare_classes(masks)
     small, small_truth = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4]
 
     def evidence(reach: float, fold: int, shown: bool) -> np.ndarray:
-        return frame_ratios(truth, said[fold], (fold_of == fold) & (not shown), mute, place, reach)
+        return frame_ratios(truth, said[fold], (fold_of == fold) & (not shown), rare, place, reach)
 
     before = iou_scores(confusion_matrix(small_truth, small[:, 1:].argmax(1) + 1))[0]
     best = before, 0, (0.0, 0.0)
@@ -933,23 +945,25 @@ class GatedSkip(nn.Module):
 
 
 class UNet(nn.Module):
-    """The paper's U-Net: widths w, 2w, 4w, 8w, bottleneck 16w; gated skips; heads on the decoder's levels.
+    """The paper's U-Net: widths w, 2w, 4w, … and a bottleneck; gated skips; heads on the decoder's levels.
 
-    With width 64 and one channel it has the paper's 31.4 M parameters.
-    Shape: (B, in_channels, H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the
-    full H, W, and in training also 1/2, 1/4, 1/8 of the size padded to a multiple of 16.
+    With width 64, depth 4 and one channel it has the paper's 31.4 M parameters. stride 2 folds blocks of 2×2
+    pixels into channels at the input and unfolds them at each head: no layer works at the full size, which
+    a depth of 4 spends most of its time on (2.1 times the images/s at as many parameters; Shi et al. 2016).
+    Shape: (B, in_channels, H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the full H, W, and in
+    training also 1/2, 1/4, … of the size padded to a multiple of stride · 2^depth, one for each level.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4):
+    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4, stride: int = 1):
         super().__init__()
-        self.depth = depth
+        self.depth, self.stride = depth, stride
         *widths, bottleneck = [width * 2 ** i for i in range(depth + 1)]
-        channels = [in_channels, *widths, bottleneck]
+        channels = [in_channels * stride ** 2, *widths, bottleneck]
         self.encoder = nn.ModuleList(conv_block(*pair) for pair in itertools.pairwise(channels))
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths)
         self.skip = nn.ModuleList(GatedSkip(w) for w in widths)
         self.decoder = nn.ModuleList(conv_block(2 * w, w) for w in widths)
-        self.heads = nn.ModuleList(nn.Conv2d(w, num_classes, 1) for w in widths)
+        self.heads = nn.ModuleList(nn.Conv2d(w, num_classes * stride ** 2, 1) for w in widths)
 
     def start_from(self, other: UNet) -> None:
         """Take over the weights of a network of fewer input channels; the others' weights start at 0."""
@@ -960,8 +974,8 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         h, w = x.shape[-2:]
-        step = 2 ** self.depth
-        x = F.pad(x, (0, -w % step, 0, -h % step), mode="replicate")
+        step = self.stride * 2 ** self.depth
+        x = F.pixel_unshuffle(F.pad(x, (0, -w % step, 0, -h % step), mode="replicate"), self.stride)
         skips, logits = [], []
         for i, block in enumerate(self.encoder):
             x = block(F.max_pool2d(x, 2) if i else x)
@@ -969,7 +983,7 @@ class UNet(nn.Module):
         for i in reversed(range(self.depth)):
             x = self.decoder[i](self.skip[i](skips[i], self.up[i](x)))
             if self.training or i == 0:
-                logits.append(self.heads[i](x))
+                logits.append(F.pixel_shuffle(self.heads[i](x), self.stride))
         logits[-1] = logits[-1][..., :h, :w]
         return logits[::-1]
 
@@ -1149,7 +1163,8 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     if name != "auto" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
     try:
-        device = torch.device("cuda" if name == "auto" else name)
+        here = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())  # torchrun's
+        device = torch.device(f"cuda:{here}" if name in ("auto", "cuda") else name)
         nn.Conv2d(1, 8, 3).to(device)(torch.zeros(2, 1, 8, 8, device=device)).sum().backward()
         torch.cuda.synchronize(device)
         torch.backends.cudnn.benchmark = True  # few shapes, met thousands of times
@@ -1247,22 +1262,24 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 
 @torch.inference_mode()
-def predict_probs(model: UNet, make_input, num_images: int, device: torch.device, dtype: torch.dtype,
+def predict_probs(models: list[UNet], make_input, num_images: int, device: torch.device, dtype: torch.dtype,
                   first_class: int, tta: bool, batch_size: int = 0) -> np.ndarray:
-    """Return class probabilities in steps of 1/255, uint8 (N, classes, H, W), of images given by make_input.
+    """Return models' mean class probabilities in 1/255, uint8 (N, classes, H, W), of make_input's images.
 
     Args: make_input, a function from a slice to a float batch (B, C, H, W) on the device; first_class, the
     class of the model's first output (1: background is never predicted); tta, mean with the mirrored copy;
     batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves that fits into memory.
     """
-    model.eval()
+    for model in models:
+        model.eval()
     out = np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
     i, batch_size = 0, batch_size or (64 if device.type == "cpu" else 1024)
     while i < num_images:
         try:
             x = make_input(slice(i, i + batch_size)).contiguous(memory_format=torch.channels_last)
             with autocast(device, dtype):
-                logits = [model(x)[0]] + ([model(x.flip(-1))[0].flip(-1)] if tta else [])
+                logits = [model(x)[0] for model in models]
+                logits += [model(x.flip(-1))[0].flip(-1) for model in models if tta]
             probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
             probs = F.pad((probs * 255).round(), (0, 0, 0, 0, first_class, 0)).to(torch.uint8)
             out = np.empty((num_images, *probs.shape[1:]), np.uint8) if i == 0 else out
@@ -1283,12 +1300,101 @@ def smaller_batch(batch_size: int, error: RuntimeError) -> int:
     return batch_size // 2
 
 
-# ---------------------------------------------------------------------------------------- 11. checkpoints
+# ---------------------------------------------------------------------------------------- 11. ranks
+
+class PeerLost(SystemExit):
+    """Another process of this run has ended; no handler of mere errors may go on without it."""
+
+
+class Ranks:
+    """The processes of one run, as torchrun started them: this one's number and how many there are.
+
+    Alone, each method does nothing and costs nothing. Used as a context, it joins and leaves the others.
+    """
+
+    def __init__(self):
+        self.rank, self.world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.leaving, self.stdout = threading.Event(), sys.stdout
+
+    def __enter__(self) -> Ranks:
+        if self.rank:  # one says what all do; what a rank does alone goes to self.stdout
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if self.world > 1:
+            store, *_ = next(dist.rendezvous("env://"))
+            watched = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                    is_master=False, wait_for_workers=False)
+            # waits are as long as a network trains: it is the watch that notices a death
+            dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=self.rank,
+                                    world_size=self.world, timeout=datetime.timedelta(days=7))
+            self.watcher = threading.Thread(target=self.watch, args=[watched], daemon=True)
+            self.watcher.start()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        sys.stdout = self.stdout
+        if self.world > 1:
+            if kind is None:
+                self.sum(np.zeros(1))  # the last to write is waited for
+            self.leaving.set()
+            self.watcher.join()
+            if kind is None:
+                self.sum(np.zeros(1))  # the store lives until nobody watches any more
+                dist.destroy_process_group()
+
+    def watch(self, store, seconds: float = 30.0) -> None:
+        """Send this process SIGTERM when another one, or the store, has given no sign for some seconds."""
+        seen = {}
+        while not self.leaving.wait(seconds / 10):
+            try:
+                store.add(f"beat{self.rank}", 1)
+                for other in range(self.world):
+                    beat = store.add(f"beat{other}", 0)
+                    if other not in seen or seen[other][0] != beat:
+                        seen[other] = beat, time.monotonic()
+                if all(time.monotonic() - since < seconds for _, since in seen.values()):
+                    continue
+            except Exception:  # noqa: S110  the store's host is gone: whatever that raises
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+    def wait(self, work) -> None:
+        """Wait for a collective, open to signals meanwhile; PeerLost if a process it needs has ended."""
+        try:
+            while not work.is_completed():
+                time.sleep(0.005)
+            work.wait()
+        except RuntimeError as e:
+            raise PeerLost(1) from e
+
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """Return the sum over processes of an array, of which each has filled its own part; a barrier too."""
+        if self.world > 1:
+            wide = array.astype(np.int32) if array.dtype == np.uint16 else array  # gloo has no uint16
+            self.wait(dist.all_reduce(torch.from_numpy(wide), async_op=True))
+            array = wide.astype(array.dtype, copy=False)
+        return array
+
+    def share(self, path: Path, progress: int) -> None:
+        """Give a file to all from the process that has got furthest with it; progress -1: I have none."""
+        each = np.zeros(self.world + 1, np.int64)
+        each[self.rank] = progress + 1
+        if self.world == 1 or len(set(self.sum(each)[:-1].tolist())) == 1:  # one folder, or none has it
+            return
+        source = int(each.argmax())
+        data = np.frombuffer(path.read_bytes(), np.uint8) if self.rank == source else np.zeros(0, np.uint8)
+        data = self.sum(np.pad(data, (0, int(self.sum(np.array([len(data)]))[0]) - len(data))))
+        if each[self.rank] < each[source]:
+            with atomic_write(path) as f:
+                f.write(data.tobytes())
+
+
+# ---------------------------------------------------------------------------------------- 12. checkpoints
 
 @contextlib.contextmanager
 def atomic_write(path: Path):
     """Open a file that appears under its name only when complete: temporary name, fsync, os.replace."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}{os.environ.get('RANK', '')}.tmp")  # ranks may share a folder
     with open(temporary, "wb") as f:
         yield f
         f.flush()
@@ -1326,18 +1432,20 @@ def write_json(path: Path, value) -> None:
         f.write(json.dumps(value, indent=1).encode())
 
 
-def open_state(out: Path, identity: dict, fresh: bool) -> tuple[Path, object]:
+def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Path, object]:
     """Return the state folder inside out, and its lock; UserError if it cannot be written, or holds a run
     that this one, of another identity (plain values by name), cannot go on with; fresh throws that away."""
     file = out / "state" / "identity.json"
     identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(file.parent)
+        lock = None if ranks.rank else lock_folder(file.parent)
         for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
             for old in filter(Path.is_file, file.parent.glob(pattern)):
-                old.unlink()
+                old.unlink(missing_ok=True)
+        ranks.sum(np.zeros(1))
         before = read_json(file)
+        ranks.sum(np.zeros(1))  # in a common folder none takes another's file for an earlier run's
         write_json(file, before or identity)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another folder") from None
@@ -1377,7 +1485,7 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------- 12. submission
+# ---------------------------------------------------------------------------------------- 13. submission
 
 def write_submission(path: Path, preds: np.ndarray) -> None:
     """Write preds (M, H, W), labels 0..9, as the competition's CSV, in the very bytes of pandas."""
@@ -1425,7 +1533,7 @@ def zip_file(path: Path) -> Path:
     return target
 
 
-# ---------------------------------------------------------------------------------------- 13. report
+# ---------------------------------------------------------------------------------------- 14. report
 
 STYLE = """:root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1340px;margin:auto;padding:1em}

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import re
 import signal
 import sys
@@ -54,7 +53,8 @@ class Config:
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
                             ("auto", "bfloat16", "float16", "float32").__contains__)
     # size of the work; 0: planned from the measured speed and --max-hours
-    folds: int = option(0, "networks a stage, each validated on its own part; 1: one 15 %% split; 0: planned")
+    folds: int = option(0, "parts, each validates networks that never saw it; 1: one 15 %% split; 0: planned")
+    seeds: int = option(0, "networks of each fold and stage, whose mean counts; 0: planned")
     width: int = option(0, "channels of the first level (the paper: 64); 0: planned")
     epochs: int = option(0, "epochs of each network of each stage; 0: planned")
     stages: int = option(2, "1: no second stage", (1, 2).__contains__)
@@ -83,13 +83,15 @@ class Config:
     cooldown: float = 0.4         # share of the epochs, the last ones, in which the rate falls to zero
     fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits out of fold
     small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
-    level_weights: tuple = (0.1, 0.1, 0.1)  # of the outputs at 1/2, 1/4 and 1/8 of the size
+    stride: int = 2               # side of the blocks of pixels that the network takes as one
+    level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; one level of the network more
 
 
-PAPER = dict(folds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1, paste=0.25,
-             patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
+PAPER = dict(folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1,
+             paste=0.25, patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
              geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False, most_epochs=300,
-             weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, level_weights=(0.2, 0.3, 0.5))
+             weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, stride=1,
+             level_weights=(0.2, 0.3, 0.5))
 
 
 def parse(argv: list[str]) -> Config:
@@ -120,12 +122,13 @@ class Run:
     masks: torch.Tensor         # int8 (N, H, W), on the device
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     loss_args: dict             # of lib.focal_loss
-    lock: object                # keeps other processes out of the folder as long as it lives
+    ranks: lib.Ranks
+    lock: object                # keeps other runs out of the folder as long as it lives
     plan: dict = field(default_factory=dict)
     fold_of: np.ndarray | None = None
     neighbours: np.ndarray | None = None  # (N + M, 4) of training and test tiles
     place: np.ndarray | None = None       # (3, N + M): their frame, row and column
-    histories: dict = field(default_factory=dict)  # (stage, fold) → list of epochs, for the report
+    histories: dict = field(default_factory=dict)  # (stage, net) → list of epochs, for the report
 
     @property
     def folds(self) -> int:
@@ -135,8 +138,13 @@ class Run:
     def small_share(self) -> float:  # of less than 64 pixels half is too little: a 16th of it is nothing
         return self.cfg.small_share * (min(self.images.shape[1:]) >= 64)
 
-    def checkpoint(self, stage: int, fold: int) -> Path:
-        return self.state / f"stage{stage}_fold{fold}.pt"
+    def checkpoint(self, stage: int, net: int) -> Path:
+        seed, fold = divmod(net, self.folds)
+        return self.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
+
+    def mine(self, folds: int) -> range:
+        """Return the folds for which this rank predicts."""
+        return range(folds)[self.ranks.rank::self.ranks.world]
 
     def index(self, chosen: np.ndarray) -> torch.Tensor:
         """Return the indices, on the device, where a boolean array is true."""
@@ -190,14 +198,14 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
     return x.contiguous(memory_format=torch.channels_last), y
 
 
-def new_training(run: Run, stage: int, fold: int, parent: lib.UNet | None = None) -> dict:
+def new_training(run: Run, stage: int, net: int, parent: lib.UNet | None = None) -> dict:
     """Return all that training changes, by name; the first weights are the parent's, where there is one, or
-    depend on (seed, stage, fold) alone."""
+    depend on (seed, stage, net) alone."""
     cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
     channels = 2 + outputs if stage == 2 and cfg.refine == "correct" else stage
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, fold, 0).initial_seed())
-        model = lib.UNet(channels, outputs, run.plan["width"])
+        torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, net, 0).initial_seed())
+        model = lib.UNet(channels, outputs, run.plan["width"], len(cfg.level_weights) + 1, cfg.stride)
     if parent is not None:
         model.start_from(parent)
     model = model.to(run.device, memory_format=torch.channels_last)
@@ -217,7 +225,7 @@ def batch_size(run: Run, images: int) -> int:
 
 def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, train_index: torch.Tensor,
                     key: tuple[int, ...], most_steps: int | None = None) -> float:
-    """Train on every image, on rare ones rare_repeat times, in the order of key = (stage, fold, epoch), and
+    """Train on every image, on rare ones rare_repeat times, in the order of key = (stage, net, epoch), and
     return the mean loss. Nothing waits for the device inside."""
     cfg, gen = run.cfg, lib.generator(run.device, run.cfg.seed, *key)
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
@@ -264,9 +272,9 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
     return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion)[0]}
 
 
-def resume(run: Run, stage: int, fold: int, parent: lib.UNet | None) -> tuple[dict, dict | None]:
+def resume(run: Run, stage: int, net: int, parent: lib.UNet | None) -> tuple[dict, dict | None]:
     """Return new_training's parts as the last epoch left them, and its checkpoint or None."""
-    parts, state = new_training(run, stage, fold, parent), lib.load_checkpoint(run.checkpoint(stage, fold))
+    parts, state = new_training(run, stage, net, parent), lib.load_checkpoint(run.checkpoint(stage, net))
     if state and not state["finished"]:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -304,19 +312,21 @@ def halved(run: Run, view: View, targets: torch.Tensor) -> tuple[View, torch.Ten
     return View(images, paste=run.cfg.paste), targets[:, ::2, ::2]
 
 
-def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, deadline: float,
+def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadline: float,
         parent: lib.UNet | None = None) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
 
-    Args: targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock; parent, a network to start from
-    and to keep if nothing better is found. A kill costs an epoch at most.
+    Args: net, of seed net // folds and fold net % folds; targets int8 (N, H, W), -1 ignored; deadline,
+    seconds of run.clock; parent, a network to start from and to keep if nothing better is found.
+    A kill costs an epoch at most.
     An epoch that went wrong is done again from the last good one at half the rate; the third time the network
     stays as it was, UserError if there is none.
     """
-    cfg, failures = run.cfg, 0
+    cfg, failures, fold = run.cfg, 0, net % run.folds
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
+    title = f"stage {stage}  fold {fold}" + f"  seed {net // run.folds}" * (run.plan["seeds"] > 1)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    parts, state = resume(run, stage, fold, parent)
+    parts, state = resume(run, stage, net, parent)
     if state is None:
         affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
         state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
@@ -324,24 +334,24 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         if parent is not None:
             state["best"] = copy.deepcopy(parts["ema"].state_dict())
             state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
-    history = run.histories[stage, fold] = state["history"]
+    history = run.histories[stage, net] = state["history"]
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
         if cfg.cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
         seen = halved(run, view, targets) if small else (view, targets)
-        record = attempt(run, parts, *seen, split, (stage, fold, epoch))
+        record = attempt(run, parts, *seen, split, (stage, net, epoch))
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
-            record = f"stage {stage}, fold {fold}, epoch {epoch}: {record}"
+            record = f"{title}, epoch {epoch}: {record}"
             if failures == 3 and state["best"] is None:
                 raise UserError(f"{record}, three times; try a smaller --lr or --batch-size")
             if failures == 3:
                 print(f"{record}, three times: the network stays as it was", flush=True)
                 break
             print(f"{record}; again from the last good one, at half the rate", flush=True)
-            parts = resume(run, stage, fold, parent)[0]
+            parts = resume(run, stage, net, parent)[0]
             parts["optimizer"].param_groups[0]["lr"] = rate / 2
             continue
         record["lr"], group["lr"] = group["lr"], rate
@@ -357,10 +367,10 @@ def fit(run: Run, stage: int, fold: int, view: View, targets: torch.Tensor, dead
         history.append(record)
         state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
                              or run.clock.used() + record["seconds"] > deadline)
-        save(run, run.checkpoint(stage, fold), parts, state)
+        save(run, run.checkpoint(stage, net), parts, state)
         figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
-        print(f"stage {stage}  fold {fold}  epoch {epoch}/{state['epochs']}  {figures}  used "
-              f"{run.clock.used() / 60:.1f} min", flush=True)
+        print(f"{title}  epoch {epoch}/{state['epochs']}  {figures}  used {run.clock.used() / 60:.1f} min",
+              file=run.ranks.stdout, flush=True)
     parts["ema"].load_state_dict(state["best"])
     return parts["ema"]
 
@@ -388,33 +398,38 @@ SIZES = ((5, 32, 40), (5, 24, 36), (5, 16, 18), (3, 16, 14), (3, 12, 10), (2, 12
 
 
 def make_plan(run: Run) -> dict:
-    """Return folds, width and epochs that fit into 7/8 of the time left: the machine may slow down."""
-    cfg, n, m = run.cfg, len(run.images), len(run.test_images)
+    """Return folds, seeds, width and epochs that fit into 7/8 of the time left: the machine may slow down."""
+    cfg, n, m, world = run.cfg, len(run.images), len(run.test_images), run.ranks.world
     rare = run.is_rare[run.masks.int()].flatten(1).any(1).float().mean()
     shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
 
-    def cost(folds: int, speed: float) -> tuple[float, float, int]:
+    def cost(folds: int, seeds: int, speed: float) -> tuple[float, float, int]:
         """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
         part = 1 / folds if folds > 1 else 1 / 7
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
-        passes = cfg.stages * ((1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
-        predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
-        return epoch, predict, int(0.875 * (run.clock.left() - predict) / (folds * epoch))
-    measured = cfg.width or 16
+        passes = seeds * cfg.stages * ((1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
+        predict = (0.35 * passes / speed + 1e-3 * m * folds) * -(-folds // world) / folds
+        predict += 2e-3 * cfg.frames * (n + m)
+        rounds = -(-folds * seeds // world)
+        return epoch, predict, int(0.875 * (run.clock.left() - predict) / (rounds * epoch))
+    measured, seeds = cfg.width or 16, cfg.seeds or 1
     speed = measure_speed(run, measured)
     for folds, width, least in SIZES:
         folds, width = cfg.folds or min(folds, n), cfg.width or width
-        if cost(folds, speed * (measured / width) ** 1.7)[2] >= least:  # the exponent: 8 to 32 on a CPU
+        if cost(folds, seeds, speed * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
             break
     if width != measured:
         speed = measure_speed(run, width)
-    epoch_seconds, predict_seconds, epochs = cost(folds, speed)
-    epochs = max(2, min(epochs, 2 * cfg.most_epochs))
+    most = 2 * cfg.most_epochs
+    while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= most:
+        seeds += 1
+    epoch_seconds, predict_seconds, epochs = cost(folds, seeds, speed)
+    epochs = max(2, min(epochs, most))
     first = cfg.epochs or (min(epochs - 1, round(0.8 * epochs)) if cfg.stages == 2 else epochs)
     second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
     small = 1 - 0.7 * run.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
     first = cfg.epochs or round(first / small)
-    return {**run.plan, "folds": folds, "width": width, "epochs": [first, second],
+    return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "epochs": [first, second],
             "epoch_seconds": [small * epoch_seconds, 1.05 * epoch_seconds],
             "predict_seconds": predict_seconds, "train_images_per_second": speed,
             "precision": str(run.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
@@ -423,67 +438,91 @@ def make_plan(run: Run) -> dict:
 # ---------------------------------------------------------------------------------------- two stages
 
 def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: float,
-                parents: list) -> list[lib.UNet]:
-    """Return the networks of a stage, one a fold, by `end` seconds of the clock; fewer when time runs out or
-    one fails. Args: parents, for each fold the network to start from or None."""
-    models = []
-    for fold in range(run.folds):
-        used, seconds = run.clock.used(), run.plan["epoch_seconds"]
-        needed = stage == 1 and not models  # for any submission at all
-        late = not run.checkpoint(stage, fold).exists() and used + seconds[stage - 1] > end
+                parents: list[list] | None = None) -> list[list[lib.UNet]]:
+    """Return each fold's networks of a stage, by `end` seconds of the clock; fewer folds when time runs out
+    or a network fails. Each rank trains its share of them. Args: parents, the networks to start from."""
+    models, seconds, ranks = {}, run.plan["epoch_seconds"], run.ranks
+    nets = [net for net in range(run.folds * run.plan["seeds"])
+            if not parents or net // run.folds < len(parents[net % run.folds])]
+    mine = nets[ranks.rank::ranks.world]
+
+    def one(net: int, deadline: float = -1) -> None:
+        parent = parents[net % run.folds][net // run.folds] if parents else None
+        models[net] = fit(run, stage, net, view, targets, deadline, parent)
+
+    def share() -> None:
+        ranks.sum(np.zeros(1))  # all look at the same moment
+        for net in nets if ranks.world > 1 else ():
+            file = run.checkpoint(stage, net)
+            state = lib.load_checkpoint(file)
+            ranks.share(file, len(state["history"]) + state["finished"] if state else -1)
+
+    share()
+    for left, net in zip(range(len(mine), 0, -1), mine, strict=True):
+        used, needed = run.clock.used(), stage == 1 and net == 0  # for any submission at all
+        late = not run.checkpoint(stage, net).exists() and used + seconds[stage - 1] > end
         try:
             if late and not needed:
                 raise UserError("time is short")
-            deadline = used + (end - used) / (run.folds - fold)
-            models.append(fit(run, stage, fold, view, targets, deadline, parents[fold]))
+            one(net, used + (end - used) / left)
         except Exception as e:  # whatever it is, there may be something to submit
             if needed:
                 raise
-            print(f"{e}: stage {stage} ends after {len(models)} of {run.folds} folds", flush=True)
+            print(f"{e}: stage {stage} ends after {len(models)} of {len(mine)} networks",
+                  file=ranks.stdout, flush=True)
             break
-        spent = [epoch["seconds"] for epoch in run.histories[stage, fold]] or [seconds[stage - 1]]
+        spent = [epoch["seconds"] for epoch in run.histories[stage, net]] or [seconds[stage - 1]]
         seconds[stage - 1] = float(np.mean(spent))
-    return models
+    share()
+    for net in set(nets) - set(mine):  # others trained them
+        if run.checkpoint(stage, net).exists():
+            one(net)
+    folds = [[models[net] for net in sorted(models) if net % run.folds == fold] for fold in range(run.folds)]
+    return folds[:[*map(bool, folds), False].index(False)]
 
 
-def predict(run: Run, model: lib.UNet, view: View, index=None, tta: bool = True) -> np.ndarray:
-    """Return a network's probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of the images at index."""
+def predict(run: Run, models: list[lib.UNet], view: View, index=None, tta: bool = True) -> np.ndarray:
+    """Return the networks' mean probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of images at index."""
     index = torch.arange(len(view.images), device=run.device) if index is None else index
-    return lib.predict_probs(model, lambda part: network_input(run, view, index[part]), len(index),
+    return lib.predict_probs(models, lambda part: network_input(run, view, index[part]), len(index),
                              run.device, run.dtype, run.cfg.first_class, tta and run.cfg.tta)
 
 
-def out_of_fold(run: Run, models: list[lib.UNet], view: View) -> np.ndarray:
-    """Return each training image's probabilities, uint8 (N, C, H, W), from the network that never saw it.
+def out_of_fold(run: Run, stage: list[list[lib.UNet]], view: View) -> np.ndarray:
+    """Return each training image's probabilities, uint8 (N, C, H, W), from networks that never saw it.
 
     With one split there is none for the images trained on: they get the one there is. Hence folds.
     """
     n, h, w = run.images.shape
     probs = np.zeros((n, NUM_CLASSES, h, w), np.uint8)
-    for fold, model in enumerate(models):
+    for fold in run.mine(len(stage)):
         chosen = run.fold_of == fold if run.folds > 1 else np.ones(n, bool)
-        probs[chosen] = predict(run, model, view, run.index(chosen))
-    return probs
+        probs[chosen] = predict(run, stage[fold], view, run.index(chosen))
+    return run.ranks.sum(probs)
 
 
-def predict_stages(run: Run, networks: tuple, images: torch.Tensor, tta: bool = True) -> dict:
-    """Return stage → probabilities of images, as predict gives them, by one fold's networks: the second sees
-    what the first said."""
-    said = {"stage1": predict(run, networks[0], View(images), tta=tta)}
-    if len(networks) == 2:
-        said["stage2"] = predict(run, networks[1], second_view(run, images, said["stage1"]), tta=tta)
+def predict_stages(run: Run, stages: list[list[list[lib.UNet]]], fold: int, images: torch.Tensor,
+                   tta: bool = True) -> dict:
+    """Return stage → probabilities of images, as predict gives them, by one fold's networks: the second ones
+    see what the first said."""
+    said = {"stage1": predict(run, stages[0][fold], View(images), tta=tta)}
+    if len(stages) == 2:
+        said["stage2"] = predict(run, stages[1][fold], second_view(run, images, said["stage1"]), tta=tta)
     return said
 
 
-def predicted_cells(run: Run, stages: list[list[lib.UNet]], probs: np.ndarray) -> list[np.ndarray]:
-    """Return each fold's predicted class shares, float32 (N + M, C, h, w): out of fold of the training tiles,
-    and of the test tiles by the fold's networks."""
-    ours, cells = lib.to_cells(probs) / 255, []
-    parts = run.test_images.split(500) if len(run.test_images) else ()  # bounded memory
-    for networks in zip(*stages, strict=True):
-        said = (predict_stages(run, networks, part, tta=False).popitem()[1] for part in parts)
-        cells.append(np.concatenate([ours, *(lib.to_cells(test) / 255 for test in said)]))
-    return cells
+def predicted_cells(run: Run, stages: list[list[list[lib.UNet]]], probs: np.ndarray) -> np.ndarray:
+    """Return each fold's predicted class shares, float32 (folds, N + M, C, h, w): out of fold of the training
+    tiles, and of the test tiles by the fold's networks."""
+    ours = lib.to_cells(probs) / 255
+    cells = np.zeros((run.folds, len(ours) + len(run.test_images), *ours.shape[1:]), np.float32)
+    for fold in run.mine(run.folds):
+        cells[fold, :len(ours)], start = ours, len(ours)
+        for part in run.test_images.split(500) if len(run.test_images) else ():  # bounded memory
+            said = predict_stages(run, stages, fold, part, tta=False).popitem()[1]
+            cells[fold, start:start + len(part)] = lib.to_cells(said) / 255
+            start += len(part)
+    return run.ranks.sum(cells)
 
 
 def final_masks(run: Run, probs: np.ndarray, factors=(1,) * NUM_CLASSES,
@@ -504,17 +543,19 @@ def second_view(run: Run, images: torch.Tensor, probs: np.ndarray) -> View:
     return View(images, run.cfg.paste if run.cfg.refine == "background" else 0.0, cleaned, confidence)
 
 
-def predict_test(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray],
+def predict_test(run: Run, stages: list[list[list[lib.UNet]]], ratios: list[np.ndarray],
                  part: slice) -> dict[str, np.ndarray]:
     """Return step → probabilities of a part of the test images, summed over folds, uint16 (B, C, H, W)."""
-    sums = {}
-    for fold, networks in enumerate(zip(*stages, strict=True)):
-        said = predict_stages(run, networks, run.test_images[part])
-        if ratios:
+    images, sums = run.test_images[part], {}
+    for fold in run.mine(len(stages[0])):
+        said = predict_stages(run, stages, fold, images)
+        if len(ratios):
             said["frames"] = lib.reweigh(said[[*said][-1]], ratios[fold][part], run.cfg.first_class)
         for name, probs in said.items():
             sums[name] = np.add(sums.get(name, 0), probs, dtype=np.uint16)
-    return sums
+    nothing = np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16)  # a rank without a fold
+    names = ["stage1", "stage2"][:len(stages)] + ["frames"] * bool(len(ratios))
+    return {name: run.ranks.sum(sums.get(name, nothing)) for name in names}
 
 
 # ---------------------------------------------------------------------------------------- the whole run
@@ -522,8 +563,9 @@ def predict_test(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray
 SAMPLE_HOURS = 0.07  # the embedded sample is a demonstration: 4 minutes, unless --max-hours says otherwise
 
 
-def open_run(cfg: Config) -> Run:
+def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     """Return the run that cfg describes, new or gone on with: data loaded and cleaned, the plan made."""
+    ranks = ranks or lib.Ranks()
     data = lib.load_data(cfg.data)
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}, drawn: put mars_for_students.npz beside it")
@@ -532,10 +574,12 @@ def open_run(cfg: Config) -> Run:
     identity = {"data_sha256": data.sha256, **dataclasses.asdict(cfg)}
     for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
         del identity[key]
-    state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh)
+    state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh, ranks)
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
     device, why = lib.pick_device(cfg.device)
+    if ranks.rank:
+        share_decisions(ranks, state)  # rank 0 makes them below
     plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
     lib.set_threads(plan.get("threads", 0))
     dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
@@ -547,44 +591,57 @@ def open_run(cfg: Config) -> Run:
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
               torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
-              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha}, lock)
+              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha}, ranks, lock)
     if not plan:
         plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
+    if ranks.rank == 0:
+        share_decisions(ranks, state)
     run.plan, run.neighbours, run.place = plan, neighbours, place
     frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
-    seconds = plan["folds"] * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + plan["predict_seconds"]
-    print(f"plan: {plan['folds']} folds, width {plan['width']}, at most {plan['epochs'][0]} + "
-          f"{plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training images/s: "
-          f"about {seconds / 60:.1f} of the {clock.left() / 60:.1f} minutes left", flush=True)
+    rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)
+    seconds = rounds * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + plan["predict_seconds"]
+    print(f"plan: {plan['folds']} folds × {plan['seeds']} seeds, width {plan['width']}, at most "
+          f"{plan['epochs'][0]} + {plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training "
+          f"images/s on each of {ranks.world} processes: about {seconds / 60:.1f} of the "
+          f"{clock.left() / 60:.1f} minutes left", flush=True)
     return run
 
 
-def second_stage(run: Run, models: list[lib.UNet], probs: np.ndarray,
-                 end: float) -> tuple[list[lib.UNet], np.ndarray]:
+def share_decisions(ranks: lib.Ranks, state: Path) -> None:
+    """Give rank 0's cleaning, frames and plan to all, whose folders may be on other machines."""
+    ranks.sum(np.zeros(1))  # until rank 0 has them
+    for file in (state / name for name in ("cleaned.json", "frames.pt", "plan.json")):
+        ranks.share(file, int(ranks.rank == 0) if file.exists() else -1)
+
+
+def second_stage(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
+                 end: float) -> tuple[list[list[lib.UNet]], np.ndarray]:
     """Return the second networks and their out-of-fold probs, given the first's; UserError without time."""
-    view, targets, parents = second_view(run, run.images, probs), run.masks, models
+    view, targets, parents = second_view(run, run.images, probs), run.masks, first
     if run.cfg.refine == "background":
-        targets, parents = torch.where(view.cleaned == 0, targets, -1), [None] * run.folds
+        targets, parents = torch.where(view.cleaned == 0, targets, -1), None
     second = train_stage(run, 2, view, targets, end, parents)
     if len(second) < run.folds:
         raise UserError(f"{len(second)} of {run.folds} folds are not enough")
     return second, out_of_fold(run, second, view)
 
 
-def refine(run: Run, models: list[lib.UNet], probs: np.ndarray, labels: dict, metrics: dict,
-           end: float) -> tuple[list[list[lib.UNet]], list[np.ndarray], np.ndarray]:
+def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, labels: dict, metrics: dict,
+           end: float) -> tuple[list[list[list[lib.UNet]]], list[np.ndarray], np.ndarray]:
     """Return all stages' networks, each fold's evidence of the frames on the test set, and the last
     out-of-fold probs, given stage 1's; what each step says and scores goes into labels and metrics."""
-    stages, ratios = [models], []
+    stages, ratios = [first], []
     if run.cfg.stages == 2:
         try:
-            second, corrected = second_stage(run, models, probs, end)
+            second, corrected = second_stage(run, first, probs, end)
             labels["stage2"] = score(run, "stage2", corrected, metrics, run.folds, labels["stage1"])
             if run.cfg.refine == "background" or metrics["stage2_miou"] > metrics["stage1_miou"]:
-                stages, probs = [models, second], corrected
+                stages, probs = [first, second], corrected
         except Exception as e:  # whatever it is, there is a first stage
+            if run.ranks.world > 1 and not isinstance(e, UserError):
+                raise  # the others know nothing of it
             print(f"stage 2: {type(e).__name__}: {e}; going on without", flush=True)
     if run.place is not None:
         metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
@@ -596,17 +653,18 @@ def refine(run: Run, models: list[lib.UNet], probs: np.ndarray, labels: dict, me
     return stages, ratios, probs
 
 
-def solve(cfg: Config) -> dict:
+def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     """Run everything and return the metrics that metrics.json holds."""
-    run = open_run(cfg)
+    run = open_run(cfg, ranks)
     end = 0.97 * run.clock.limit - run.plan["predict_seconds"]
     used = run.clock.used()
     work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
-    metrics = {"recipe": cfg.recipe, **{k: run.plan[k] for k in ("folds", "width", "epochs", "precision")}}
+    metrics = {"recipe": cfg.recipe,
+               **{key: run.plan[key] for key in ("folds", "seeds", "width", "epochs", "precision")}}
     # after small images with patches come whole ones as they are: that is what will be predicted
     view, labels, ratios = View(run.images, paste=0.0 if run.small_share else cfg.paste), {}, []
     first_end = used + (end - used) * work[0] / sum(work)
-    stages = [train_stage(run, 1, view, run.masks, first_end, [None] * run.folds)]
+    stages = [train_stage(run, 1, view, run.masks, first_end)]
     probs = out_of_fold(run, stages[0], view)
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
     try:
@@ -614,9 +672,13 @@ def solve(cfg: Config) -> dict:
             stages, ratios, probs = refine(run, stages[0], probs, labels, metrics, end)
         test_labels = write_outputs(run, stages, ratios, labels, metrics)
     except Exception as e:  # whatever it is, there is something to submit
+        if run.ranks.world > 1:
+            raise
         print(f"after stage 1: {type(e).__name__}: {e}; stage 1 is submitted", flush=True)
         labels = {"stage1": labels["stage1"]}
         test_labels = write_outputs(run, stages[:1], [], labels, metrics)
+    if run.ranks.rank:
+        return metrics
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.state.parent / "metrics.json", metrics)
     shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
@@ -658,7 +720,7 @@ def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
     return labels
 
 
-def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarray], labels: dict,
+def write_outputs(run: Run, stages: list[list[list[lib.UNet]]], ratios: list[np.ndarray], labels: dict,
                   metrics: dict) -> np.ndarray | None:
     """Choose the step to submit, predict the test set, write submission.csv and its zip, read it back, score
     it if labels are known; return the labels submitted, uint8 (M, H, W), or None without a test set."""
@@ -669,10 +731,14 @@ def write_outputs(run: Run, stages: list[list[lib.UNet]], ratios: list[np.ndarra
     file, parts, sure = run.state.parent / "submission.csv", {}, []
     for start in range(0, len(run.test_images), 500):  # bounded memory
         for name, sums in predict_test(run, stages, ratios, slice(start, start + 500)).items():
+            if run.ranks.rank:
+                continue  # one writes
             first = parts["stage1"][-1] if name == "stage2" else None
             parts.setdefault(name, []).append(final_masks(run, sums, metrics[f"{name}_factors"], first))
             if name == metrics["submitted"]:
                 sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
+    if run.ranks.rank:
+        return None
     steps = {name: np.concatenate(masks) for name, masks in parts.items()}
     best = steps[metrics["submitted"]]
     lib.write_submission(file, best)
@@ -700,12 +766,11 @@ def main(argv: list[str]) -> int:
     with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if int(os.environ.get("RANK", 0)) > 0:
-            print("this version trains on one process: this rank has nothing to do")
-            return 0
-        for key, value in solve(parse(argv)).items():
-            if "confusion" not in key:
-                print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
+        cfg = parse(argv)
+        with lib.Ranks() as ranks:
+            for key, value in solve(cfg, ranks).items():
+                if "confusion" not in key:
+                    print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
         return 0
     except (UserError, OSError) as e:  # OSError: a full disk, a folder in a file's place, a closed pipe
         print(f"solve.py: {e}", file=sys.stderr)
@@ -713,7 +778,8 @@ def main(argv: list[str]) -> int:
     except (KeyboardInterrupt, SystemExit) as e:
         status = 130 if isinstance(e, KeyboardInterrupt) else e.code
         if status:  # --help leaves with 0
-            print("solve.py: stopped; the same command goes on from the last epoch", file=sys.stderr)
+            why = "stopped" if not isinstance(e, lib.PeerLost) else "another process of this run has ended"
+            print(f"solve.py: {why}; the same command goes on from the last epoch", file=sys.stderr)
         return status
     finally:
         if before is not None:

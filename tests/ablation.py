@@ -26,11 +26,11 @@ def main(argv: list[str]) -> dict[str, float]:
     run = solve.open_run(cfg)
     models = []
     for fold in range(run.folds):
-        models.append(solve.new_training(run, 1, fold)["ema"])
+        models.append([solve.new_training(run, 1, fold)["ema"]])
         state = lib.load_checkpoint(run.checkpoint(1, fold))
         if state is None or not state["finished"] or run.place is None:
             raise lib.UserError(f"{run.state.parent}: no finished first stage, or no frames")
-        models[-1].load_state_dict(state["best"])
+        models[-1][0].load_state_dict(state["best"])
     probs = solve.out_of_fold(run, models, solve.View(run.images))
     said = solve.predicted_cells(run, [models], probs)
     rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)

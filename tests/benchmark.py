@@ -138,7 +138,7 @@ def measure_speed(run: solve.Run, width: int) -> None:
 
     works = {"engine": lambda: solve.train_one_epoch(run, parts, view, run.masks, index, key, STEPS) * 0,
              "bare": bare_network(run),
-             "predict": lambda: solve.predict(run, parts["ema"], view, index[:count]).sum() * 0}
+             "predict": lambda: solve.predict(run, [parts["ema"]], view, index[:count]).sum() * 0}
     try:
         works["usual"] = usual_pipeline(run, width)
     except ImportError:

@@ -63,13 +63,14 @@ def test_pooling_of_endless_ground_sums_to_one():
     np.testing.assert_allclose(pooled[40, 0] + np.outer(one, own), 1, atol=1e-4)
 
 
-MUTE = np.array([True, False, False, False, True])
+RARE = np.arange(5) == 4
 
 
 def test_evidence_counted_by_hand():
-    """A known neighbour speaks in [0], a guessed one in [1]; nobody speaks of a tile alone or of class 4."""
+    """A known neighbour speaks in [0], a guessed one in [1]; nobody of a tile alone, of background, or of a
+    rare class that is nowhere."""
     truth, said = cells(2, 1, 1), cells(2, 2, 2, 3)
-    ratios = lib.frame_ratios(truth, said, np.array([False, False, True]), MUTE, PLACE, 5.0)
+    ratios = lib.frame_ratios(truth, said, np.array([False, False, True]), RARE, PLACE, 5.0)
     assert ratios.shape == (2, 4, 5, 2, 4)
     known = lib.pool_frames(cells(2, 1, 0, 0), PLACE, 5.0)[0]
     guessed = lib.pool_frames(cells(0, 0, 2, 3), PLACE, 5.0)[0]
@@ -78,8 +79,19 @@ def test_evidence_counted_by_hand():
         expected = np.log((pooled + 0.02 * base) / ((pooled.sum(0) + 0.02) * base))
         np.testing.assert_allclose(ratio[1:4], expected[1:4], rtol=1e-4, atol=1e-4)
     assert (ratios[0, 0, 1] > 0.1).all() and (ratios[1, 0, 2] > 0.1).all()
-    assert (ratios[:, :, MUTE] == 0).all()
+    assert (ratios[:, :, 0] == 0).all() and (ratios[:, :, RARE] <= 0).all()
     np.testing.assert_allclose(ratios[:, 3], 0, atol=1e-3)
+
+
+def test_a_rock_is_heard_of_across_the_border_only():
+    """A neighbour to the right that is all rock makes rock likelier in the cells at that border by pooling
+    within RARE_REACH, counted cell by cell, and less so in each cell further away."""
+    truth, said = cells(1, 4, 1), cells(1, 4, 1, 1)
+    ratios = lib.frame_ratios(truth, said, np.zeros(3, bool), RARE, PLACE, 5.0)[0, 0, 4]
+    near = lib.pool_frames(cells(1, 4, 1, 0), PLACE, lib.RARE_REACH)[0]
+    expected = np.log((near[4] + 0.02 / 3) / ((near.sum(0) + 0.02) / 3))
+    np.testing.assert_allclose(ratios, expected, atol=1e-3)
+    assert (ratios[:, -1] > 0.2).all() and (np.diff(ratios[0]) > 0.1).all()
 
 
 def test_hidden_labels_are_not_heard():
@@ -88,9 +100,9 @@ def test_hidden_labels_are_not_heard():
     hidden = np.arange(len(truth)) % 5 == 0
     other = truth.copy()
     other[hidden] = np.roll(other[hidden], 1, 1)
-    before = lib.frame_ratios(truth, said, hidden, MUTE, place, 5.0)
-    np.testing.assert_array_equal(before, lib.frame_ratios(other, said, hidden, MUTE, place, 5.0))
-    shown = lib.frame_ratios(truth, said, np.zeros(len(truth), bool), MUTE, place, 5.0)
+    before = lib.frame_ratios(truth, said, hidden, RARE, place, 5.0)
+    np.testing.assert_array_equal(before, lib.frame_ratios(other, said, hidden, RARE, place, 5.0))
+    shown = lib.frame_ratios(truth, said, np.zeros(len(truth), bool), RARE, place, 5.0)
     assert not np.array_equal(before, shown)  # known labels do speak
 
 
@@ -98,15 +110,15 @@ def test_a_tile_says_nothing_of_itself():
     """Neither its own label nor its own prediction is part of a tile's evidence."""
     place, truth, said = draw()
     none = np.zeros(len(truth), bool)
-    before = lib.frame_ratios(truth, said, none, MUTE, place, 5.0)
+    before = lib.frame_ratios(truth, said, none, RARE, place, 5.0)
     last, other = said.copy(), truth.copy()
     last[-1] = np.roll(last[-1], 1, 0)  # a test tile's prediction
-    after = lib.frame_ratios(truth, last, none, MUTE, place, 5.0)
+    after = lib.frame_ratios(truth, last, none, RARE, place, 5.0)
     np.testing.assert_allclose(before[:, -1], after[:, -1], atol=1e-4)
     assert np.abs(before[1, -2] - after[1, -2]).max() > 0.1
     swap = next(i for i in range(6, 12) if not np.array_equal(truth[0], truth[i]))
     other[[0, swap]] = truth[[swap, 0]]  # two labels change places: the overall shares stay
-    after = lib.frame_ratios(other, said, none, MUTE, place, 5.0)
+    after = lib.frame_ratios(other, said, none, RARE, place, 5.0)
     np.testing.assert_allclose(before[0, 0], after[0, 0], atol=1e-4)
     assert np.abs(before[0, 1] - after[0, 1]).max() > 0.1
 

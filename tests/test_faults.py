@@ -543,11 +543,14 @@ def test_53_impossible_paths(argv, flag, path):
     refused([*argv, flag, path])
 
 
-def test_54_more_ranks(argv, monkeypatch):
-    """Under torchrun this version's other ranks leave at once, and well: none can be waited for."""
-    monkeypatch.setenv("RANK", "1")
-    status, out, _ = start(argv)
-    assert status == 0 and "one process" in out and not argv[3].exists()
+@pytest.mark.parametrize("where", ["open_run", "train_stage", "out_of_fold", "predict_test"])
+def test_54_another_process_has_ended(argv, monkeypatch, where):
+    """Wherever a collective finds that a process of the run is dead, this one ends too, in one sentence: no
+    handler of lesser errors goes on. That torchrun's processes do: test_ranks.py."""
+    monkeypatch.setattr(solve, where, failing(getattr(solve, where), lib.PeerLost(1), 1))
+    status, out, err = start(argv)
+    assert status == 1 and not (argv[3] / "submission.csv").exists()
+    assert err == "solve.py: another process of this run has ended; the same command goes on from the last epoch\n"
 
 
 def test_all_rows_are_here():

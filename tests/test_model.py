@@ -294,7 +294,7 @@ def test_probabilities_by_hand(tta):
     stays 0."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
     got = lib.predict_probs(
-        Ramp(), lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, 2
+        [Ramp()], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, 2
     )
     probs = Ramp()(images)[0].softmax(1)
     if tta:
@@ -317,7 +317,7 @@ def test_prediction_halves_a_batch_that_does_not_fit(capsys):
     """Out of memory at 8 and at 4 images: 2 at a time give the same probabilities, and it is said."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
     plain, small = (
-        lib.predict_probs(net, lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, True, 8)
+        lib.predict_probs([net], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, True, 8)
         for net in (Ramp(), Small())
     )
     assert (plain == small).all()

@@ -348,7 +348,7 @@ def test_confusion_covers_every_training_pixel_once(run):
 def probabilities(out, stage, fold, images):
     """Return a saved stage-1 network's probabilities in 1/255, mean with the mirrored copy's, written
     plainly."""
-    model = lib.UNet(1, 4, 4)
+    model = lib.UNet(1, 4, 4, 3, 2)
     model.load_state_dict(lib.load_checkpoint(out / "state" / f"stage{stage}_fold{fold}.pt")["best"])
     model.eval()
     train = tiny_arrays()["training_set"][:, 0]
@@ -438,8 +438,10 @@ def test_sums_of_folds_do_not_overflow(monkeypatch):
     """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88."""
     said = np.full((2, 5, 4, 4), 200, np.uint8)
     monkeypatch.setattr(solve, "predict_stages", lambda *_: {"stage1": said.copy()})
-    run = SimpleNamespace(test_images=torch.zeros(2, 4, 4, dtype=torch.uint8))
-    sums = solve.predict_test(run, [[None] * 3], [], slice(0, 2))["stage1"]
+    run = SimpleNamespace(
+        test_images=torch.zeros(2, 4, 4, dtype=torch.uint8), ranks=lib.Ranks(), mine=lambda folds: range(folds)
+    )
+    sums = solve.predict_test(run, [[[None]] * 3], [], slice(0, 2))["stage1"]
     assert sums.dtype == np.uint16 and (sums == 600).all()
 
 

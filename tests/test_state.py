@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_fresh_spares_foreign_files(tmp_path):
     """--fresh throws the kit's own state away and no file of anybody else."""
-    state = lib.open_state(tmp_path, {"seed": 0}, False)[0]
+    state = lib.open_state(tmp_path, {"seed": 0}, False, lib.Ranks())[0]
     (state / "notes.txt").write_text("mine")
     (state / "stage1_fold0.pt").write_text("ours")
-    lib.open_state(tmp_path, {"seed": 1}, True)
+    lib.open_state(tmp_path, {"seed": 1}, True, lib.Ranks())
     assert (state / "notes.txt").read_text() == "mine" and not (state / "stage1_fold0.pt").exists()
 
 
@@ -42,7 +42,7 @@ def test_an_edited_report_does_not_change_the_cleaning(tmp_path, monkeypatch):
     """What the cleaning decided holds on resume, whatever becomes of outliers.csv."""
     images = np.random.default_rng(0).integers(0, 255, (6, 8, 8)).astype(np.uint8)
     data = lib.Data(Path("x"), "", images, images % 5, images[:0], images[:0])
-    state = lib.open_state(tmp_path, {}, False)[0]
+    state = lib.open_state(tmp_path, {}, False, lib.Ranks())[0]
     lib.write_json(state / "cleaned.json", {"index": [2]})
     pd.DataFrame({"index": [0, 1], "reasons": ["masks", "masks"]}).to_csv(tmp_path / "outliers.csv")
     lib.clean_data(data, state, lib.WITNESSES, "", 0)
