@@ -55,7 +55,7 @@ import torch.nn.functional as F
 
 CLASSES = ("Background", "Soil", "Bedrock", "Sand", "Big Rock")
 NUM_CLASSES = len(CLASSES)
-PALETTE = np.array([(32, 32, 36), (166, 97, 26), (90, 140, 190), (240, 200, 110), (210, 30, 70)], np.uint8)
+PALETTE = np.array([(32, 32, 36), (150, 85, 25), (86, 150, 210), (240, 205, 110), (255, 255, 255)], np.uint8)
 KEYS = ("training_set", "test_set", "test_labels")  # of the competition's file
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
 
@@ -1111,11 +1111,34 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
             "fold_miou": mious, "fold_std": float(np.std(mious)), "confusion": sum(each).tolist()}
 
 
+def calibration(probs: np.ndarray, truth: np.ndarray) -> dict:
+    """Return how far the largest of the probabilities can be trusted, over the labelled pixels.
+
+    "ece": expected calibration error, the mean |confidence - accuracy| over sixteen bins of confidence;
+    "reliability": each bin's confidence, accuracy and share of the pixels; "least_sure_errors": the share of
+    all errors among the least sure fifth. NaN where there is nothing to divide by.
+    Shape: probs uint8 (N, C, H, W) in 1/255; truth (N, H, W), 0: unlabelled. Source: Guo et al. 2017.
+    """
+    known = truth > 0
+    sure, right = probs.max(1)[known], (probs.argmax(1) == truth)[known]
+    count, hits = np.bincount(sure, minlength=256), np.bincount(sure, right, 256)
+    bins, hit, held = (np.add.reduceat(x, range(0, 256, 16))
+                       for x in (count, hits, count * np.arange(256) / 255))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = np.interp(0.2, np.cumsum(count) / len(sure), np.cumsum(count - hits) / (count - hits).sum())
+        return {"ece": float(np.abs(hit - held).sum() / len(sure)), "least_sure_errors": float(least),
+                "reliability": np.stack([held / bins, hit / bins, bins / len(sure)], 1).round(4).tolist()}
+
+
 # ---------------------------------------------------------------------------------------- 10. engine
 
-def option(default, text: str, valid=lambda value: isinstance(value, str) or 0 <= value < math.inf):
-    """Return a dataclass field that parse_flags makes a flag of; valid, a check, by default numbers ≥ 0."""
-    return field(default=default, metadata={"help": text, "valid": valid})
+def option(default, text: str, valid=lambda value: isinstance(value, str) or 0 <= value < math.inf,
+           group: str = ""):
+    """Return a dataclass field that parse_flags makes a flag of.
+
+    Args: valid, a check, by default numbers ≥ 0; group, the heading that begins above this flag in the help.
+    """
+    return field(default=default, metadata={"help": text, "valid": valid, "group": group})
 
 
 def is_path(value: str) -> bool:
@@ -1134,15 +1157,16 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
         raise UserError(message + "; see --help")
 
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
+                                     usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = complain
-    fields = {f.name: f for f in dataclasses.fields(config) if f.metadata}
+    fields, section = {f.name: f for f in dataclasses.fields(config) if f.metadata}, parser
     for name, f in fields.items():
+        section = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else section
         flag, kind = name.replace("_", "-"), {"type": type(f.default), "metavar": str(f.default) or "FILE"}
         if isinstance(f.default, bool):
             flag, kind = "no-" * f.default + flag, {"action": "store_const", "const": not f.default}
-        parser.add_argument("--" + flag, dest=name, help=f.metadata["help"], **kind)
+        section.add_argument("--" + flag, dest=name, help=f.metadata["help"], **kind)
     known = list(parser._option_string_actions)
     for flag in (word.split("=")[0] for word in argv if word.startswith("--")):
         if flag not in known:

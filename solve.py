@@ -34,32 +34,30 @@ from lib import NUM_CLASSES, UserError, option
 class Config:
     """Every choice of a run. Fields made by option() are flags."""
 
-    # input and output
-    data: str = option("data", "the competition's .npz, or the folder that holds it", lib.is_path)
+    data: str = option("data", "the competition's .npz, or the folder that holds it", lib.is_path,
+                       group="input and output")
     out: str = option("submission", "folder for everything that is written", lib.is_path)
     recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
     max_hours: float = option(11.0, "a submission exists before this many hours are over")
     seed: int = option(0, "seed of folds, weights and augmentation", lambda v: 0 <= v < 2**63)
     fresh: bool = option(False, "throw away the state of an earlier run in --out")
-    # cleaning
-    clean: bool = option(True, "keep intruders in the training set")
+    clean: bool = option(True, "keep intruders in the training set", group="cleaning and frames")
     witnesses: str = option(",".join(lib.WITNESSES), "who may accuse an image of being an intruder",
                             lambda value: set(value.split(",")) <= set(lib.WITNESSES))
     template: str = option("", "picture of an intruder, instead of the one discovered")
     frames: bool = option(True, "don't put the camera frames back together")
     group_frames: bool = option(False, "no frame is in two folds: to measure new frames, not to submit")
-    # engine
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch,
+                         group="engine")
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
                             ("auto", "bfloat16", "float16", "float32").__contains__)
-    # size of the work; 0: planned from the measured speed and --max-hours
-    folds: int = option(0, "parts, each validates networks that never saw it; 1: one 15 %% split; 0: planned")
-    seeds: int = option(0, "networks of each fold and stage, whose mean counts; 0: planned")
-    width: int = option(0, "channels of the first level (the paper: 64); 0: planned")
-    epochs: int = option(0, "epochs of each network of each stage; 0: planned")
+    folds: int = option(0, "parts, each validates networks that never saw it; 1: one 15 %% split",
+                        group="size of the work; 0: planned from the measured speed and --max-hours")
+    seeds: int = option(0, "networks of each fold and stage, whose mean counts")
+    width: int = option(0, "channels of the first level (the paper: 64)")
+    epochs: int = option(0, "epochs of each network of each stage")
     stages: int = option(2, "1: no second stage", (1, 2).__contains__)
-    # training
-    batch_size: int = option(32, "images a step", lambda value: value > 0)
+    batch_size: int = option(32, "images a step", lambda value: value > 0, group="training")
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
     rare_repeat: int = option(8, "how often an epoch shows images that hold a class under 2 %% of the pixels",
@@ -70,15 +68,15 @@ class Config:
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
     # what tells the recipes apart and nobody would sweep
     alpha: float = 1.0            # factor of the focal loss
-    second_lr: float = 0.5        # stage 2's rate, as a share of lr: it goes on with stage 1's weights
+    second_lr: float = 0.25       # stage 2's rate, as a share of lr: it goes on with stage 1's weights
     first_class: int = 1          # 0: background too is learnt and predicted; 1: ignored, never predicted
     refine: str = "correct"       # stage 2 corrects stage 1's labels, or fills in its "background" alone
     select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
-    geometric: tuple = ()         # shift, scale, degrees
-    light: float = 0.0            # brightness and contrast
+    geometric: tuple = (0.1, 0.25, 8.0)  # shift, scale, degrees
+    light: float = 0.2            # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
     tta: bool = True              # mean with the mirrored copy
-    most_epochs: int = 60         # of one stage, when time is plenty
+    most_epochs: int = 30         # of one stage, counted in whole images, when time is plenty
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last ones, in which the rate falls to zero
     fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits out of fold
@@ -96,7 +94,7 @@ PAPER = dict(folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, 
 
 def parse(argv: list[str]) -> Config:
     """Return the Config that the flags stand for; UserError for one that is unknown or out of range."""
-    given = lib.parse_flags(Config, argv, __doc__)
+    given = lib.parse_flags(Config, argv, __doc__.rpartition("\n\n")[0])
     if "data" not in given and Path("/kaggle/input").is_dir():
         given["data"] = "/kaggle/input"
     cfg = Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
@@ -323,6 +321,7 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
     stays as it was, UserError if there is none.
     """
     cfg, failures, fold = run.cfg, 0, net % run.folds
+    cooldown = cfg.cooldown if parent is None else 1.0  # what goes on must not forget
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
     title = f"stage {stage}  fold {fold}" + f"  seed {net // run.folds}" * (run.plan["seeds"] > 1)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
@@ -338,8 +337,8 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
-        if cfg.cooldown:
-            group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cfg.cooldown * state["epochs"]))
+        if cooldown:
+            group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cooldown * state["epochs"]))
         seen = halved(run, view, targets) if small else (view, targets)
         record = attempt(run, parts, *seen, split, (stage, net, epoch))
         if isinstance(record, str):
@@ -394,7 +393,7 @@ def measure_speed(run: Run, width: int, steps: int = 6) -> float:
 
 # (folds, width, epochs of both stages that it needs at least), best first: averaging networks gives 2 to 5
 # points, width little (one of 0.48 M parameters reached .732)
-SIZES = ((5, 32, 40), (5, 24, 36), (5, 16, 18), (3, 16, 14), (3, 12, 10), (2, 12, 8), (2, 8, 0))
+SIZES = ((5, 32, 96), (5, 24, 24), (5, 16, 16), (3, 16, 12), (3, 12, 9), (2, 12, 8), (2, 8, 0))
 
 
 def make_plan(run: Run) -> dict:
@@ -578,6 +577,10 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     print("\n".join(lib.describe(data)), flush=True)
     device, why = lib.pick_device(cfg.device)
+    if cfg.device == "auto" and torch.cuda.device_count() > ranks.world:
+        print(f"{torch.cuda.device_count()} GPUs are here, {ranks.world} will be used; to use all: torchrun "
+              f"--standalone --nproc_per_node={torch.cuda.device_count()} solve.py (in a notebook: "
+              "%%writefile solve.py as this cell's first line, then ! before that command)")
     if ranks.rank:
         share_decisions(ranks, state)  # rank 0 makes them below
     plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
@@ -701,8 +704,8 @@ def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
     """
     masks, ones, best = run.data.masks, [1.0] * NUM_CLASSES, {}
     tries = [(ones, [ones] * folds)]  # factors of the submission, and of each fold
+    trained = np.isin(run.fold_of, range(folds))
     if run.cfg.fit_rare and folds > 1:
-        trained = np.isin(run.fold_of, range(folds))
         parts = [trained, *(trained & (run.fold_of != fold) for fold in range(folds))]
         fitted = [lib.fit_factors(probs[part], masks[part]) for part in parts]
         tries.append((fitted[0], fitted[1:]))
@@ -714,6 +717,7 @@ def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
         result = lib.fold_scores(masks, tried, run.fold_of, folds) | {"factors": factors}
         if not best or result["miou"] > best["miou"]:
             labels, best = tried, result
+    best |= lib.calibration(probs[trained], masks[trained])
     metrics |= {f"{name}_{key}": value for key, value in best.items()}
     print(f"{name} out of fold: {best['miou']:.4f} ± {best['fold_std']:.4f} mean IoU, the paper's "
           f"{best['paper_miou']:.4f}; IoU {np.round(best['iou'][1:], 3)}", flush=True)
@@ -769,7 +773,7 @@ def main(argv: list[str]) -> int:
         cfg = parse(argv)
         with lib.Ranks() as ranks:
             for key, value in solve(cfg, ranks).items():
-                if "confusion" not in key:
+                if not key.endswith(("confusion", "reliability")):
                     print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
         return 0
     except (UserError, OSError) as e:  # OSError: a full disk, a folder in a file's place, a closed pipe

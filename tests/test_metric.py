@@ -158,3 +158,36 @@ def test_decide_in_parts_is_argmax():
     for first in (0, 1):
         want = (probs[:, first:] * factors[first:, None, None]).argmax(1) + first
         np.testing.assert_array_equal(lib.decide(probs, factors, first), want)
+
+
+# ------------------------------------------------------------------------------ calibration
+
+
+def test_calibration_by_hand():
+    """Eight labelled pixels: four at 0.8 of which one is right, four at 1.0 of which all are. The error is
+    (4·0.55 + 0) / 8; both bins hold half; the three errors are all among the least sure half, so a fifth of
+    the pixels, spread evenly in its bin, holds at least 0.4 of them. Unlabelled pixels count for nothing."""
+    probs = np.zeros((1, 3, 1, 12), np.uint8)
+    probs[0, 1, 0, :4], probs[0, 1, 0, 4:] = 204, 255
+    truth = np.array([1, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0]).reshape(1, 1, 12)
+    got = lib.calibration(probs, truth)
+    assert got["ece"] == pytest.approx(4 * 0.55 / 8)
+    bins = [row for row in got["reliability"] if row[2]]
+    assert bins == [[0.8, 0.25, 0.5], [1.0, 1.0, 0.5]]
+    assert 0.4 <= got["least_sure_errors"] <= 1
+
+
+def test_least_sure_errors_by_hand():
+    """Ten pixels of rising confidence, wrong at the two least sure ones and at the last: two of three."""
+    probs = np.zeros((1, 2, 1, 10), np.uint8)
+    probs[0, 1, 0] = np.arange(130, 230, 10)
+    truth = np.array([2, 2, 1, 1, 1, 1, 1, 1, 1, 2]).reshape(1, 1, 10)
+    assert lib.calibration(probs, truth)["least_sure_errors"] == pytest.approx(2 / 3)
+
+
+def test_calibration_without_a_label_or_an_error():
+    """Nothing labelled: NaN, no exception; nothing wrong: no share of errors, ece still a number."""
+    probs = np.full((1, 2, 1, 4), 255, np.uint8)
+    probs[:, 0] = 0
+    assert np.isnan(lib.calibration(probs, np.zeros((1, 1, 4)))["least_sure_errors"])
+    assert lib.calibration(probs, np.ones((1, 1, 4)))["ece"] == 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from conftest import ROOT, tiny_arrays
 
 import lib
 
-SMALL = ["--folds", "3", "--width", "4", "--lr", "0.02", "--no-clean", "--device", "cpu", "--precision", "float32"]
-TWO_SEEDS = [*SMALL, "--seeds", "2", "--epochs", "2"]
+TWO_SEEDS = ["--folds", "3", "--seeds", "2", "--epochs", "2", "--width", "4", "--lr", "0.02", "--no-clean",
+             "--device", "cpu", "--precision", "float32"]
 
 
 def free_port():
@@ -28,7 +29,8 @@ def free_port():
 def command(data, out, flags, ranks=1, *launch):
     """Return the command line of a run: plain, or by torchrun with so many processes on this node."""
     launch = launch or ("--standalone",)
-    start = ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}"] if ranks > 1 or launch[1:] else []
+    start = ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}"]
+    start *= ranks > 1 or len(launch) > 1
     return [sys.executable, *start, str(ROOT / "solve.py"), "--data", str(data), "--out", str(out), *flags]
 
 
@@ -55,11 +57,10 @@ def wait_for(condition, seconds=120):
 
 def workers(agent):
     """Return the processes that torchrun (its process id) has started, in the order of their ranks."""
-    children = open(f"/proc/{agent}/task/{agent}/children").read().split()
     ranks = {}
-    for child in map(int, children):
-        env = dict(word.split("=", 1) for word in open(f"/proc/{child}/environ").read().split("\0") if "=" in word)
-        ranks[int(env["RANK"])] = child
+    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        environ = Path(f"/proc/{child}/environ").read_text()
+        ranks[int(re.search(r"\0RANK=(\d+)\0", environ)[1])] = int(child)
     return [ranks[rank] for rank in sorted(ranks)]
 
 
@@ -113,8 +114,8 @@ def test_54_a_dead_process_stops_the_others(tmp_path, data, alone, victim):
     """kill -9 of one of two processes in the middle of training: all is over within a minute, with a status
     and a sentence, no submission; three processes go on from there to the same bytes."""
     out = tmp_path / "out"
-    long = [*SMALL, "--seeds", "2", "--epochs", "2"]
-    agent = subprocess.Popen(command(data, out, long, 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    agent = subprocess.Popen(command(data, out, TWO_SEEDS, 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)
     wait_for(lambda: any((out / "state").glob("stage1_fold*.pt")))
     os.kill(workers(agent.pid)[victim], signal.SIGKILL)
     start = time.monotonic()
@@ -122,7 +123,7 @@ def test_54_a_dead_process_stops_the_others(tmp_path, data, alone, victim):
     assert time.monotonic() - start < 60 and agent.returncode != 0
     assert len(re.findall(r"^solve.py: .*; the same command goes on from the last epoch$", err, re.M)) == 1
     assert not (out / "submission.csv").exists()
-    run(data, out, long, 3)
+    run(data, out, TWO_SEEDS, 3)
     assert answer(out) == alone
 
 

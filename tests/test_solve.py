@@ -276,10 +276,15 @@ def test_config_is_frozen():
         solve.parse([]).folds = 3
 
 
-def test_help_lists_every_flag_with_its_meaning(capsys):
-    """--help ends with status 0 and shows at most 25 flags, each with a text."""
+def test_help_lists_every_flag_with_its_meaning(capsys, monkeypatch):
+    """--help ends with status 0 and shows at most 25 flags, each with a text, in groups on one screen of 50
+    lines."""
+    monkeypatch.setenv("COLUMNS", "100")
     assert solve.main(["--help"]) == 0
     shown = capsys.readouterr().out
+    assert shown.count("\n") <= 50
+    for heading in ("input and output", "cleaning and frames", "engine", "size of the work", "training"):
+        assert f"\n{heading}" in shown
     flags = [f for f in dataclasses.fields(solve.Config) if f.metadata]
     assert 10 < len(flags) <= 25
     for f in flags:
@@ -316,7 +321,7 @@ def test_last_lines_are_metrics_json(run):
     out, printed = run
     metrics = strict_json(out / "metrics.json")
     lines = [line for line in printed.splitlines() if not line.startswith("written: ")]
-    keys = [key for key in metrics if "confusion" not in key]
+    keys = [key for key in metrics if not key.endswith(("confusion", "reliability"))]
     block = dict(line.split(": ", 1) for line in lines[-len(keys) :])
     assert list(block) == keys
     for key in keys:
@@ -438,9 +443,8 @@ def test_sums_of_folds_do_not_overflow(monkeypatch):
     """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88."""
     said = np.full((2, 5, 4, 4), 200, np.uint8)
     monkeypatch.setattr(solve, "predict_stages", lambda *_: {"stage1": said.copy()})
-    run = SimpleNamespace(
-        test_images=torch.zeros(2, 4, 4, dtype=torch.uint8), ranks=lib.Ranks(), mine=lambda folds: range(folds)
-    )
+    tiles = torch.zeros(2, 4, 4, dtype=torch.uint8)
+    run = SimpleNamespace(test_images=tiles, ranks=lib.Ranks(), mine=range)
     sums = solve.predict_test(run, [[[None]] * 3], [], slice(0, 2))["stage1"]
     assert sums.dtype == np.uint16 and (sums == 600).all()
 
@@ -788,6 +792,7 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     """--paste 1 changes images of stage 1; stage 2's, which carry a prior, come as they are or mirrored."""
     argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--paste", "1"]
     run = solve.open_run(solve.parse(list(map(str, argv))))
+    run.cfg = dataclasses.replace(run.cfg, geometric=(), light=0.0)  # what else changes every image
     every = torch.arange(len(run.images))
     donors = every[(run.masks == 4).flatten(1).any(1)]
     probs = np.full((len(every), 5, *run.images.shape[1:]), 51, np.uint8)
