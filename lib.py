@@ -40,6 +40,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ CLASSES = ("Background", "Soil", "Bedrock", "Sand", "Big Rock")
 NUM_CLASSES = len(CLASSES)
 PALETTE = np.array([(32, 32, 36), (150, 85, 25), (86, 150, 210), (240, 205, 110), (255, 255, 255)], np.uint8)
 KEYS = ("training_set", "test_set", "test_labels")  # of the competition's file
+KAGGLE_INPUT = Path("/kaggle/input")  # read-only; an earlier run's output comes back there
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
 
 
@@ -109,7 +111,7 @@ def find_data_file(path: str | Path) -> Path:
     if len(best) == 1:
         return best[0]
     folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    there = best or [*sorted(folder.iterdir())[:12], *sorted(Path("/kaggle/input").rglob("*.npz"))[:6]]
+    there = best or [*sorted(folder.iterdir())[:12], *sorted(KAGGLE_INPUT.rglob("*.npz"))[:6]]
     fault = f"{len(best)} .npz files, name one of them" if best else "no such file, or no .npz in that folder"
     raise UserError(f"--data {path}: {fault}; wanted is the competition's mars_for_students.npz, there is "
                     f"{', '.join(map(str, there[:18])) or 'nothing'}")
@@ -1179,6 +1181,17 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
     return given
 
 
+def to_flags(config) -> list[str]:
+    """Return the flags from which parse_flags makes this config: those of its fields unlike the default."""
+    words = []
+    for f in dataclasses.fields(config):
+        value, flag = getattr(config, f.name), f.name.replace("_", "-")
+        if f.metadata and value != f.default:
+            words += [f"--no-{flag}" if value is False else f"--{flag}"]
+            words += [] if isinstance(value, bool) else [str(value)]
+    return words
+
+
 def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     """Return the device and the reason. A GPU must pass a real convolution forward and backward to be used:
     is_available() is True on a P100 for which today's builds hold no kernels."""
@@ -1196,6 +1209,15 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
     except (RuntimeError, AssertionError) as e:  # AssertionError: a build of PyTorch without CUDA
         why = str(e).splitlines()[0][:80]
         return torch.device("cpu"), f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
+
+
+def spare_gpus(device: torch.device) -> str:
+    """Return how to use the GPUs that this run leaves idle, one GPU a process; nothing if there is none."""
+    here, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    command = f"torchrun --standalone --nproc_per_node={here} solve.py"
+    return "" if device.type != "cuda" or here <= used else (
+        f"{used} of {here} GPUs is used; {command} uses all (in a notebook: %%writefile solve.py as this "
+        "cell's first line, and !torchrun ... in the next)")
 
 
 def pick_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
@@ -1314,6 +1336,31 @@ def predict_probs(models: list[UNet], make_input, num_images: int, device: torch
     return out
 
 
+class Progress:
+    """What is seen of one network's training: a line an epoch; on a terminal a bar, if tqdm is there."""
+
+    def __init__(self, title: str, epochs: int, done: int, stream):
+        self.title, self.epochs, self.stream, self.bar = title, epochs, stream, None
+        if stream.isatty() and "RANK" not in os.environ:  # several processes' bars would share a line
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+                self.bar = tqdm(desc=title, total=epochs, initial=done, file=stream, unit="epoch")
+
+    def show(self, epoch: int, record: dict[str, float], minutes: float) -> None:
+        """Show an epoch's figures, and for how long the run has been at work."""
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+        if self.bar is None:
+            print(f"{self.title}  epoch {epoch}/{self.epochs}  {figures}  used {minutes:.1f} min",
+                  file=self.stream, flush=True)
+        else:
+            self.bar.set_postfix_str(f"{figures}  used {minutes:.1f} min", refresh=False)
+            self.bar.update()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 def smaller_batch(batch_size: int, error: RuntimeError) -> int:
     """Return half the batch size after an error for want of memory; raise any other, or UserError at 1."""
     if "memory" not in str(error):  # of a GPU: torch.OutOfMemoryError; of a CPU: a plain RuntimeError
@@ -1337,32 +1384,40 @@ class Ranks:
     """
 
     def __init__(self):
-        self.rank, self.world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0)) % self.world
         self.leaving, self.stdout = threading.Event(), sys.stdout
 
     def __enter__(self) -> Ranks:
         if self.rank:  # one says what all do; what a rank does alone goes to self.stdout
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if self.world > 1:
             store, *_ = next(dist.rendezvous("env://"))
             watched = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                                     is_master=False, wait_for_workers=False)
+            here, limit = "here" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), time.monotonic() + 1800
+            watched.add(here, 1)
+            while watched.add(here, 0) < self.world:  # not inside gloo: there no signal is heard
+                time.sleep(0.05)
+                _refuse("torchrun:", (time.monotonic() > limit, "not all processes came within half an hour"))
+            self.watcher = threading.Thread(target=self.watch, args=[watched], daemon=True)
+            self.watcher.start()
             # waits are as long as a network trains: it is the watch that notices a death
             dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=self.rank,
                                     world_size=self.world, timeout=datetime.timedelta(days=7))
-            self.watcher = threading.Thread(target=self.watch, args=[watched], daemon=True)
-            self.watcher.start()
         return self
 
     def __exit__(self, kind, *_) -> None:
         sys.stdout = self.stdout
         if self.world > 1:
+            try:
+                if kind is None:
+                    self.barrier()  # the last to write is waited for
+            finally:
+                self.leaving.set()
+                self.watcher.join()
             if kind is None:
-                self.sum(np.zeros(1))  # the last to write is waited for
-            self.leaving.set()
-            self.watcher.join()
-            if kind is None:
-                self.sum(np.zeros(1))  # the store lives until nobody watches any more
+                self.barrier()  # the store lives until nobody watches any more
                 dist.destroy_process_group()
 
     def watch(self, store, seconds: float = 30.0) -> None:
@@ -1382,32 +1437,43 @@ class Ranks:
             os.kill(os.getpid(), signal.SIGTERM)
             return
 
-    def wait(self, work) -> None:
-        """Wait for a collective, open to signals meanwhile; PeerLost if a process it needs has ended."""
+    def sum(self, array: np.ndarray) -> np.ndarray:
+        """Return the sum over processes of an array, of which each has filled its own part.
+
+        Open to signals while it waits; PeerLost if a process has ended.
+        """
+        if self.world == 1:
+            return array
+        wide = array.astype(np.int32) if array.dtype == np.uint16 else array  # gloo has no uint16
         try:
+            work = dist.all_reduce(torch.from_numpy(wide), async_op=True)
             while not work.is_completed():
                 time.sleep(0.005)
             work.wait()
         except RuntimeError as e:
             raise PeerLost(1) from e
+        return wide.astype(array.dtype, copy=False)
 
-    def sum(self, array: np.ndarray) -> np.ndarray:
-        """Return the sum over processes of an array, of which each has filled its own part; a barrier too."""
-        if self.world > 1:
-            wide = array.astype(np.int32) if array.dtype == np.uint16 else array  # gloo has no uint16
-            self.wait(dist.all_reduce(torch.from_numpy(wide), async_op=True))
-            array = wide.astype(array.dtype, copy=False)
-        return array
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        self.sum(np.zeros(1))
+
+    def gather(self, value: float) -> np.ndarray:
+        """Return every process' value, (world,)."""
+        values = np.zeros(self.world)
+        values[self.rank] = value
+        return self.sum(values)
 
     def share(self, path: Path, progress: int) -> None:
         """Give a file to all from the process that has got furthest with it; progress -1: I have none."""
-        each = np.zeros(self.world + 1, np.int64)
-        each[self.rank] = progress + 1
-        if self.world == 1 or len(set(self.sum(each)[:-1].tolist())) == 1:  # one folder, or none has it
+        each = self.gather(progress)
+        if (each == each[0]).all():  # one folder, or nobody has it
             return
-        source = int(each.argmax())
-        data = np.frombuffer(path.read_bytes(), np.uint8) if self.rank == source else np.zeros(0, np.uint8)
-        data = self.sum(np.pad(data, (0, int(self.sum(np.array([len(data)]))[0]) - len(data))))
+        source, data = int(each.argmax()), np.zeros(0, np.uint8)
+        if self.rank == source:  # a kill between two names leaves the one before
+            file = path if path.exists() else path.with_name(path.name + ".prev")
+            data = np.frombuffer(file.read_bytes(), np.uint8)
+        data = self.sum(np.pad(data, (0, int(self.gather(len(data)).sum()) - len(data))))
         if each[self.rank] < each[source]:
             with atomic_write(path) as f:
                 f.write(data.tobytes())
@@ -1456,20 +1522,40 @@ def write_json(path: Path, value) -> None:
         f.write(json.dumps(value, indent=1).encode())
 
 
+def take_over(out: Path, identity: dict) -> None:
+    """Copy the state of a run of this identity from Kaggle's inputs, if there is one, into out."""
+    for file in KAGGLE_INPUT.rglob("state/identity.json"):
+        with contextlib.suppress(UserError):  # damaged, and perhaps nothing of ours
+            if read_json(file) == identity:
+                print(f"taking over the earlier run of {file.parents[1]}")
+                files = {*file.parent.glob("*.*"), *file.parents[1].glob("outliers.csv")} - {file}
+                for old in (*sorted(files), file):  # the identity last: without it nothing is there
+                    if old.name != "clock.json":  # another session has its own hours
+                        with atomic_write(out / old.relative_to(file.parents[1])) as f:
+                            f.write(old.read_bytes())
+                return
+
+
 def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Path, object]:
     """Return the state folder inside out, and its lock; UserError if it cannot be written, or holds a run
     that this one, of another identity (plain values by name), cannot go on with; fresh throws that away."""
     file = out / "state" / "identity.json"
-    identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
+    text = json.dumps(identity)
+    identity = json.loads(text)  # as the file gives it back: tuples are lists
+    each = ranks.gather(zlib.crc32(text.encode()))
+    _refuse("torchrun:", ((each != each[0]).any(), "the processes have different data or options"))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = None if ranks.rank else lock_folder(file.parent)
+        ranks.barrier()  # nothing is thrown away that another run has locked
         for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
             for old in filter(Path.is_file, file.parent.glob(pattern)):
                 old.unlink(missing_ok=True)
-        ranks.sum(np.zeros(1))
+        if not fresh and not file.exists():
+            take_over(out, identity)
+        ranks.barrier()
         before = read_json(file)
-        ranks.sum(np.zeros(1))  # in a common folder none takes another's file for an earlier run's
+        ranks.barrier()  # in a common folder none takes another's file for an earlier run's
         write_json(file, before or identity)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another folder") from None
@@ -1499,13 +1585,15 @@ def load_checkpoint(path: Path, log=print) -> dict | None:
 
     Nothing in a file is executed: first the checksum (most flipped bits load in silence), then weights_only.
     """
-    for candidate in filter(Path.exists, (path, path.with_name(path.name + ".prev"))):
-        raw = candidate.read_bytes()
-        if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-            with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
-                return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
-        log(f"{candidate}: damaged; going on from the one before it, or from the start")
-        candidate.rename(candidate.with_suffix(".damaged"))  # the next save must not keep it as .prev
+    unreadable = pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError
+    for candidate in path, path.with_name(path.name + ".prev"):
+        with contextlib.suppress(FileNotFoundError):  # or moved by another process of this run
+            raw = candidate.read_bytes()
+            if hashlib.sha256(raw[32:]).digest() == raw[:32]:
+                with contextlib.suppress(*unreadable):
+                    return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
+            log(f"{candidate}: damaged; going on from the one before it, or from the start")
+            candidate.rename(candidate.with_suffix(".damaged"))  # the next save must not keep it as .prev
     return None
 
 
@@ -1562,10 +1650,24 @@ def zip_file(path: Path) -> Path:
 STYLE = """:root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1340px;margin:auto;padding:1em}
 table{border-collapse:collapse}td,th{border:1px solid #8888;padding:.25em .6em;text-align:left}
-.wide{overflow-x:auto}figure{display:inline-block;max-width:100%;margin:.3em 1em .3em 0;white-space:nowrap}
+.wide{overflow-x:auto}span{white-space:nowrap}
+figure{display:inline-block;max-width:calc(100% - 1em);margin:.3em 1em .3em 0;white-space:nowrap}
 figcaption{font-size:12px;max-width:480px;white-space:normal}img{image-rendering:pixelated;margin-right:4px}
-svg{display:block;width:480px;height:160px;border:solid #8888;border-width:0 0 1px 1px;fill:none}
-polyline{stroke-width:1.6;vector-effect:non-scaling-stroke}i{padding:0 .6em;margin:0 .3em 0 1em}"""
+svg{display:block;width:480px;max-width:100%;height:160px;fill:none}
+svg{border:solid #8888;border-width:0 0 1px 1px}
+polyline{stroke-width:1.6;vector-effect:non-scaling-stroke}
+i{display:inline-block;width:1em;height:1em;margin:0 .3em 0 1em;border:1px solid #888}"""
+
+
+HUES = ("#d55e00", "#0072b2", "#009e73", "#c06a98", "#808080")  # contrast ≥ 3 with both white and black paper
+
+
+def show_inline(page: str) -> None:
+    """Show HTML below a notebook's cell; elsewhere do nothing."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if hasattr(shell, "kernel"):
+        from IPython.display import HTML, display
+        display(HTML(page))
 
 
 def pictures(caption: str, row: dict[str, np.ndarray], scale: int = 2) -> str:
@@ -1584,19 +1686,20 @@ def table(frame: pd.DataFrame) -> str:
         return f'<div class="wide">{frame.to_html(border=0, na_rep="–", float_format="{:.3f}".format)}</div>'
 
 
-def curves(title: str, lines: list[list[float]]) -> str:
-    """Return a drawing of lines, a value an epoch, one hue a fold.
+def curves(title: str, lines: dict[str, list[float]]) -> str:
+    """Return a drawing of lines by name, each with a hue of its own, over one scale.
 
     Not by matplotlib: its import starts a process that lists fonts, and writes into the user's home.
     """
-    values = [value for line in lines for value in line if np.isfinite(value)] or [0.0]
-    low, high, epochs, shapes, names = min(values), max(values), max(map(len, lines), default=0), "", ""
-    for fold, line in enumerate(lines):
+    values = [value for line in lines.values() for value in line if np.isfinite(value)] or [0.0]
+    low, high, shapes, names = min(values), max(values), "", ""
+    most = max(map(len, lines.values()), default=0)
+    for i, (name, line) in enumerate(lines.items()):
         points = " ".join(f"{x},{(high - y) / (high - low or 1):.4f}" for x, y in enumerate(line))
-        shapes += f'<polyline points="{points}" stroke="hsl({75 * fold} 70% 50%)"/>'
-        names += f'<i style="background:hsl({75 * fold} 70% 50%)"></i>fold {fold}'
-    return (f'<figure><svg viewBox="0 0 {max(1, epochs - 1)} 1" preserveAspectRatio="none">{shapes}</svg>'
-            f"<figcaption>{title}: {low:.3f} to {high:.3f}, {epochs} epochs{names}</figcaption></figure>")
+        shapes += f'<polyline points="{points}" stroke="{HUES[i % len(HUES)]}"/>'
+        names += f' <span><i style="background:{HUES[i % len(HUES)]}"></i>{name}</span>'
+    return (f'<figure><svg viewBox="0 0 {max(1, most - 1)} 1" preserveAspectRatio="none">{shapes}</svg>'
+            f"<figcaption>{title}, {low:.3f} to {high:.3f}{names}</figcaption></figure>")
 
 
 def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: np.ndarray | None,
@@ -1622,38 +1725,19 @@ def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: 
     return rows
 
 
-def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
-                 labels: dict[str, np.ndarray], confidence: np.ndarray, place: np.ndarray | None,
-                 test_labels: np.ndarray | None) -> None:
-    """Write out/report.html, one file that needs no network.
+def show_images(data: Data, labels: dict[str, np.ndarray], submitted: str, validated: np.ndarray,
+                confidence: np.ndarray) -> list[str]:
+    """Return a heading, the legend, and rows of pictures of validated images, as what each step said of them.
 
-    Args: metrics, what metrics.json holds; histories, (stage, fold) → list of epochs; facts, anything to
-    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the last one's
-    confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
+    Args: labels, each step's, uint8 (N, H, W); submitted, the step that decides best and worst; validated,
+    bool (N,); confidence of the last step, uint8 (N, H, W).
     """
-    stages = [*labels]
-    header = ["mean IoU (competition)", "± over folds", "mean IoU (paper, with background)", *CLASSES]
-    scores = [[*(metrics[f"{s}_{name}"] for name in ("miou", "fold_std", "paper_miou")), *metrics[f"{s}_iou"]]
-              for s in stages]
-    parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
-    if "test_miou" in metrics:
-        tests = ", ".join(f"{s} {metrics[key]:.4f}" for s in stages if (key := f"test_{s}_miou") in metrics)
-        parts.append(f"<p>Test labels were in the file: mean IoU of {tests}.</p>")
-    parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
-    parts.append("<h2>Training</h2>")
-    for stage in sorted({stage for stage, _ in histories}):
-        folds = [histories[key] for key in sorted(histories) if key[0] == stage]
-        for name, title in (("score", "validation mean IoU"), ("loss", "training loss")):
-            parts.append(curves(f"stage {stage}, {title}", [[epoch[name] for epoch in f] for f in folds]))
-    parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
-    for s in stages:
-        counts = pd.DataFrame(metrics[f"{s}_confusion"], CLASSES, CLASSES)
-        parts.append(f"<h3>{s}</h3>" + table(counts.div(counts.sum(axis=1).clip(1), axis=0)))
-    parts.append("<h2>Validated images: best, median, worst, and with big rock</h2>")
-    parts += [f'<i style="background:rgb{tuple(color)}"></i>{name}'
+    parts = ["<h2>Validated images: best, median, worst, and with big rock</h2>"]
+    parts += [f'<span><i style="background:rgb{tuple(color)}"></i>{name}</span> '
               for name, color in zip(CLASSES, PALETTE.tolist(), strict=True)]
     known = data.masks > 0
-    right = ((data.masks == labels[metrics["submitted"]]) & known).sum((1, 2)) / known.sum((1, 2)).clip(1)
+    wrong = (data.masks != labels[submitted]) & known
+    right = 1 - wrong.sum((1, 2)) / known.sum((1, 2)).clip(1)
     order = np.argsort(right, kind="stable")
     order = order[(validated & (known.mean((1, 2)) > 0.25))[order]]
     middle, rock = len(order) // 2, np.flatnonzero(validated & (data.masks == NUM_CLASSES - 1).any((1, 2)))
@@ -1661,8 +1745,51 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     for kind, n in ((kind, n) for kind, index in shown.items() for n in index):
         row = {"image": data.images[n], "truth": PALETTE[data.masks[n]],
                **{name: PALETTE[masks[n]] for name, masks in labels.items()},
-               "confidence": confidence[n]}
+               "wrong (white)": np.uint8(np.where(known[n], 255 * wrong[n], 90)), "confidence": confidence[n]}
         parts.append(pictures(f"{kind}, accuracy {right[n]:.2f}: {', '.join(row)}", row))
+    return parts
+
+
+def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
+                 labels: dict[str, np.ndarray], confidence: np.ndarray, place: np.ndarray | None,
+                 test_labels: np.ndarray | None) -> None:
+    """Write out/report.html, one file that needs no network.
+
+    Args: metrics, what metrics.json holds; histories, (stage, net) → list of epochs; facts, anything to
+    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the last one's
+    confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
+    """
+    stages = [*labels]
+    columns = {"miou": "mean IoU (competition)", "fold_std": "± over folds", "ece": "calibration error",
+               "least_sure_errors": "errors in the least sure fifth",
+               "paper_miou": "mean IoU (paper, with background)"}
+    scores = [[*(metrics[f"{s}_{name}"] for name in columns), *metrics[f"{s}_iou"]] for s in stages]
+    header = [*columns.values(), *CLASSES]
+    parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
+    if "test_miou" in metrics:
+        tests = ", ".join(f"{s} {metrics[key]:.4f}" for s in stages if (key := f"test_{s}_miou") in metrics)
+        parts.append(f"<p>Test labels were in the file: mean IoU of {tests}.</p>")
+    parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
+    parts.append("<h2>Training</h2>")
+    for stage in sorted({stage for stage, _ in histories}):
+        nets = {net: histories[of, net] for of, net in sorted(histories) if of == stage}
+        for name, title in (("score", "validation mean IoU"), ("loss", "training loss")):
+            lines = {f"network {net}": [epoch[name] for epoch in nets[net]] for net in nets}
+            parts.append(curves(f"stage {stage}, {title}, epoch by epoch", lines))
+    parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
+    for s in stages:
+        counts = pd.DataFrame(metrics[f"{s}_confusion"], CLASSES, CLASSES)
+        parts.append(f"<h3>{s}</h3>" + table(counts.div(counts.sum(axis=1).clip(1), axis=0)))
+    bins = np.array([row for row in metrics[f"{metrics['submitted']}_reliability"] if row[2]] or [[0] * 3])
+    parts += ["<h2>How sure, how right</h2>", curves(f"{metrics['submitted']}, from the least sure pixels to "
+              "the surest", {"confidence": bins[:, 0].tolist(), "accuracy": bins[:, 1].tolist()})]
+    if test_labels is not None:
+        shares = np.stack([np.bincount(x.ravel(), minlength=NUM_CLASSES) for x in (data.masks, test_labels)])
+        shares = pd.DataFrame(shares[:, 1:], ["training labels", "submission"], CLASSES[1:])
+        parts += ["<h2>Shares of the classes</h2>", table(shares.div(shares.sum(axis=1).clip(1), axis=0))]
+    images = show_images(data, labels, metrics["submitted"], validated, confidence)
+    show_inline("".join(parts[:2] + images[:6] + images[6::3]))  # scores, legend, one of each kind
+    parts += images
     if place is not None:
         seen = labels[metrics["submitted"]] * validated[:, None, None]
         parts += show_frames(data, place, seen, test_labels, metrics.get("known_neighbours", {}))

@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -95,8 +97,8 @@ PAPER = dict(folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, 
 def parse(argv: list[str]) -> Config:
     """Return the Config that the flags stand for; UserError for one that is unknown or out of range."""
     given = lib.parse_flags(Config, argv, __doc__.rpartition("\n\n")[0])
-    if "data" not in given and Path("/kaggle/input").is_dir():
-        given["data"] = "/kaggle/input"
+    if "data" not in given and lib.KAGGLE_INPUT.is_dir():
+        given["data"] = str(lib.KAGGLE_INPUT)
     cfg = Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
     if cfg.group_frames and not cfg.frames:
         raise UserError("--group-frames: --recipe paper and --no-frames look for none")
@@ -133,12 +135,20 @@ class Run:
         return self.plan["folds"]
 
     @property
+    def predict_seconds(self) -> float:
+        return self.plan["predict_seconds"] * -(-self.folds // self.ranks.world) / self.folds
+
+    @property
     def small_share(self) -> float:  # of less than 64 pixels half is too little: a 16th of it is nothing
         return self.cfg.small_share * (min(self.images.shape[1:]) >= 64)
 
     def checkpoint(self, stage: int, net: int) -> Path:
         seed, fold = divmod(net, self.folds)
         return self.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
+
+    def title(self, stage: int, net: int) -> str:
+        seed, fold = divmod(net, self.folds)
+        return f"stage {stage}  fold {fold}{f'  seed {seed}' if self.plan['seeds'] > 1 else ''}"
 
     def mine(self, folds: int) -> range:
         """Return the folds for which this rank predicts."""
@@ -310,30 +320,34 @@ def halved(run: Run, view: View, targets: torch.Tensor) -> tuple[View, torch.Ten
     return View(images, paste=run.cfg.paste), targets[:, ::2, ::2]
 
 
+def first_state(run: Run, stage: int, deadline: float) -> dict:
+    """Return the state of a network that has no epoch yet, with as many planned as there is time for."""
+    affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
+    return {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [], "best": None,
+            "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
+
+
 def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadline: float,
         parent: lib.UNet | None = None) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
 
     Args: net, of seed net // folds and fold net % folds; targets int8 (N, H, W), -1 ignored; deadline,
     seconds of run.clock; parent, a network to start from and to keep if nothing better is found.
-    A kill costs an epoch at most.
-    An epoch that went wrong is done again from the last good one at half the rate; the third time the network
-    stays as it was, UserError if there is none.
+    A kill costs an epoch at most. One that went wrong is done again from the last good one at half the rate;
+    the third time the network stays as it was, UserError if there is none.
     """
     cfg, failures, fold = run.cfg, 0, net % run.folds
     cooldown = cfg.cooldown if parent is None else 1.0  # what goes on must not forget
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
-    title = f"stage {stage}  fold {fold}" + f"  seed {net // run.folds}" * (run.plan["seeds"] > 1)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
     parts, state = resume(run, stage, net, parent)
     if state is None:
-        affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
-        state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
-                 "best": None, "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
+        state = first_state(run, stage, deadline)
         if parent is not None:
             state["best"] = copy.deepcopy(parts["ema"].state_dict())
             state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, net] = state["history"]
+    progress = lib.Progress(run.title(stage, net), state["epochs"], len(history), run.ranks.stdout)
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
@@ -343,11 +357,13 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
         record = attempt(run, parts, *seen, split, (stage, net, epoch))
         if isinstance(record, str):
             failures += record != "out of memory"  # that ends by itself, at a batch of one
-            record = f"{title}, epoch {epoch}: {record}"
+            record = f"{progress.title}, epoch {epoch}: {record}"
             if failures == 3 and state["best"] is None:
                 raise UserError(f"{record}, three times; try a smaller --lr or --batch-size")
             if failures == 3:
                 print(f"{record}, three times: the network stays as it was", flush=True)
+                state["finished"] = True
+                save(run, run.checkpoint(stage, net), parts, state)
                 break
             print(f"{record}; again from the last good one, at half the rate", flush=True)
             parts = resume(run, stage, net, parent)[0]
@@ -367,9 +383,8 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
         state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
                              or run.clock.used() + record["seconds"] > deadline)
         save(run, run.checkpoint(stage, net), parts, state)
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
-        print(f"{title}  epoch {epoch}/{state['epochs']}  {figures}  used {run.clock.used() / 60:.1f} min",
-              file=run.ranks.stdout, flush=True)
+        progress.show(epoch, record, run.clock.used() / 60)
+    progress.close()
     parts["ema"].load_state_dict(state["best"])
     return parts["ema"]
 
@@ -407,10 +422,9 @@ def make_plan(run: Run) -> dict:
         part = 1 / folds if folds > 1 else 1 / 7
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
         passes = seeds * cfg.stages * ((1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
-        predict = (0.35 * passes / speed + 1e-3 * m * folds) * -(-folds // world) / folds
-        predict += 2e-3 * cfg.frames * (n + m)
-        rounds = -(-folds * seeds // world)
-        return epoch, predict, int(0.875 * (run.clock.left() - predict) / (rounds * epoch))
+        predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
+        left = run.clock.left() - predict * -(-folds // world) / folds
+        return epoch, predict, int(0.875 * left / (-(-folds * seeds // world) * epoch))
     measured, seeds = cfg.width or 16, cfg.seeds or 1
     speed = measure_speed(run, measured)
     for folds, width, least in SIZES:
@@ -420,7 +434,7 @@ def make_plan(run: Run) -> dict:
     if width != measured:
         speed = measure_speed(run, width)
     most = 2 * cfg.most_epochs
-    while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= most:
+    while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= 0.75 * most:
         seeds += 1
     epoch_seconds, predict_seconds, epochs = cost(folds, seeds, speed)
     epochs = max(2, min(epochs, most))
@@ -449,17 +463,22 @@ def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: fl
         parent = parents[net % run.folds][net // run.folds] if parents else None
         models[net] = fit(run, stage, net, view, targets, deadline, parent)
 
-    def share() -> None:
-        ranks.sum(np.zeros(1))  # all look at the same moment
+    def share() -> list[bool]:
+        """Give each network's furthest checkpoint to all; return which are finished."""
+        finished = []
+        ranks.barrier()  # all look at the same moment
         for net in nets if ranks.world > 1 else ():
             file = run.checkpoint(stage, net)
             state = lib.load_checkpoint(file)
-            ranks.share(file, len(state["history"]) + state["finished"] if state else -1)
+            ranks.share(file, len(state["history"]) + 9999 * state["finished"] if state else -1)
+            state = lib.load_checkpoint(file)
+            finished.append(bool(ranks.gather(bool(state and state["finished"])).all()))
+        return finished
 
     share()
     for left, net in zip(range(len(mine), 0, -1), mine, strict=True):
         used, needed = run.clock.used(), stage == 1 and net == 0  # for any submission at all
-        late = not run.checkpoint(stage, net).exists() and used + seconds[stage - 1] > end
+        late = lib.load_checkpoint(run.checkpoint(stage, net)) is None and used + seconds[stage - 1] > end
         try:
             if late and not needed:
                 raise UserError("time is short")
@@ -472,9 +491,10 @@ def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: fl
             break
         spent = [epoch["seconds"] for epoch in run.histories[stage, net]] or [seconds[stage - 1]]
         seconds[stage - 1] = float(np.mean(spent))
-    share()
-    for net in set(nets) - set(mine):  # others trained them
-        if run.checkpoint(stage, net).exists():
+    finished = share()
+    if ranks.world > 1:  # what counts is what all have
+        models.clear()
+        for net in (net for net, done in zip(nets, finished, strict=True) if done):
             one(net)
     folds = [[models[net] for net in sorted(models) if net % run.folds == fold] for fold in range(run.folds)]
     return folds[:[*map(bool, folds), False].index(False)]
@@ -575,18 +595,17 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
         del identity[key]
     state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh, ranks)
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
+    clock.before = float(ranks.gather(clock.before).max())
     print("\n".join(lib.describe(data)), flush=True)
     device, why = lib.pick_device(cfg.device)
-    if cfg.device == "auto" and torch.cuda.device_count() > ranks.world:
-        print(f"{torch.cuda.device_count()} GPUs are here, {ranks.world} will be used; to use all: torchrun "
-              f"--standalone --nproc_per_node={torch.cuda.device_count()} solve.py (in a notebook: "
-              "%%writefile solve.py as this cell's first line, then ! before that command)")
+    share_decisions(ranks, state)  # an earlier run's, whoever has them
     if ranks.rank:
         share_decisions(ranks, state)  # rank 0 makes them below
     plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
     lib.set_threads(plan.get("threads", 0))
     dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
-    print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})", flush=True)
+    print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})"
+          f"\n{lib.spare_gpus(device)}".rstrip(), flush=True)
     if cfg.clean:
         lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
     neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
@@ -604,7 +623,7 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
     rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)
-    seconds = rounds * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + plan["predict_seconds"]
+    seconds = rounds * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + run.predict_seconds
     print(f"plan: {plan['folds']} folds × {plan['seeds']} seeds, width {plan['width']}, at most "
           f"{plan['epochs'][0]} + {plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training "
           f"images/s on each of {ranks.world} processes: about {seconds / 60:.1f} of the "
@@ -614,21 +633,19 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
 
 def share_decisions(ranks: lib.Ranks, state: Path) -> None:
     """Give rank 0's cleaning, frames and plan to all, whose folders may be on other machines."""
-    ranks.sum(np.zeros(1))  # until rank 0 has them
+    ranks.barrier()  # until rank 0 has them
     for file in (state / name for name in ("cleaned.json", "frames.pt", "plan.json")):
         ranks.share(file, int(ranks.rank == 0) if file.exists() else -1)
 
 
 def second_stage(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
-                 end: float) -> tuple[list[list[lib.UNet]], np.ndarray]:
-    """Return the second networks and their out-of-fold probs, given the first's; UserError without time."""
+                 end: float) -> tuple[list[list[lib.UNet]], np.ndarray] | None:
+    """Return the second networks and their out-of-fold probs, given the first's; None if some are missing."""
     view, targets, parents = second_view(run, run.images, probs), run.masks, first
     if run.cfg.refine == "background":
         targets, parents = torch.where(view.cleaned == 0, targets, -1), None
     second = train_stage(run, 2, view, targets, end, parents)
-    if len(second) < run.folds:
-        raise UserError(f"{len(second)} of {run.folds} folds are not enough")
-    return second, out_of_fold(run, second, view)
+    return (second, out_of_fold(run, second, view)) if len(second) == run.folds else None
 
 
 def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, labels: dict, metrics: dict,
@@ -638,12 +655,15 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, labels: dic
     stages, ratios = [first], []
     if run.cfg.stages == 2:
         try:
-            second, corrected = second_stage(run, first, probs, end)
-            labels["stage2"] = score(run, "stage2", corrected, metrics, run.folds, labels["stage1"])
-            if run.cfg.refine == "background" or metrics["stage2_miou"] > metrics["stage1_miou"]:
-                stages, probs = [first, second], corrected
+            if (both := second_stage(run, first, probs, end)) is None:
+                print("stage 2: not all folds have one; going on without", flush=True)
+            else:
+                second, corrected = both
+                labels["stage2"] = score(run, "stage2", corrected, metrics, run.folds, labels["stage1"])
+                if run.cfg.refine == "background" or metrics["stage2_miou"] > metrics["stage1_miou"]:
+                    stages, probs = [first, second], corrected
         except Exception as e:  # whatever it is, there is a first stage
-            if run.ranks.world > 1 and not isinstance(e, UserError):
+            if run.ranks.world > 1:
                 raise  # the others know nothing of it
             print(f"stage 2: {type(e).__name__}: {e}; going on without", flush=True)
     if run.place is not None:
@@ -659,7 +679,7 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, labels: dic
 def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     """Run everything and return the metrics that metrics.json holds."""
     run = open_run(cfg, ranks)
-    end = 0.97 * run.clock.limit - run.plan["predict_seconds"]
+    end = 0.97 * run.clock.limit - run.predict_seconds
     used = run.clock.used()
     work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
     metrics = {"recipe": cfg.recipe,
@@ -668,6 +688,8 @@ def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     view, labels, ratios = View(run.images, paste=0.0 if run.small_share else cfg.paste), {}, []
     first_end = used + (end - used) * work[0] / sum(work)
     stages = [train_stage(run, 1, view, run.masks, first_end)]
+    if not stages[0]:
+        raise UserError("no first network was finished on all processes; the same command tries again")
     probs = out_of_fold(run, stages[0], view)
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
     try:
@@ -685,7 +707,9 @@ def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.state.parent / "metrics.json", metrics)
     shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
-    facts = {**lib.fingerprint(run.data), **dataclasses.asdict(run.cfg), **run.plan, "device": run.device}
+    facts = {"command": shlex.join(["python", "solve.py", *lib.to_flags(run.cfg)]),
+             "minutes": metrics["minutes"], "device": run.device, **lib.fingerprint(run.data),
+             **dataclasses.asdict(run.cfg), **run.plan}
     try:
         lib.write_report(run.state.parent, metrics, run.histories, facts, run.data, shown, labels,
                          probs.max(1), run.place, test_labels)
@@ -792,5 +816,9 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if "__file__" in globals():
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        if status and "RANK" in os.environ:  # gloo's threads would wait for the others, for days
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
     main([])  # pasted into a notebook: sys.argv belongs to the kernel

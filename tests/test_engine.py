@@ -1,5 +1,7 @@
-"""The engine's choices: threads, memory."""
+"""The engine's choices: threads, memory; and what it shows."""
 
+import io
+import sys
 import time
 
 import pytest
@@ -66,3 +68,56 @@ def test_the_timed_convolution_takes_time():
     start = time.perf_counter()
     one = lib._conv_seconds(torch.float32)
     assert 0 < one < time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------ what a person sees
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        """Return True."""
+        return True
+
+
+def test_a_line_an_epoch_where_nobody_watches():
+    """Not a terminal: one line an epoch that holds every figure, and no carriage return."""
+    stream = io.StringIO()
+    progress = lib.Progress("stage 1  fold 0", 3, 1, stream)
+    progress.show(2, {"loss": 0.5, "score": 0.25}, 1.5)
+    progress.close()
+    assert stream.getvalue() == "stage 1  fold 0  epoch 2/3  loss 0.5  score 0.25  used 1.5 min\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    """On a terminal tqdm redraws one line: it goes on at the epoch done, and holds title and figures; without
+    tqdm there are lines all the same."""
+    pytest.importorskip("tqdm")
+    stream = Terminal()
+    progress = lib.Progress("stage 2  fold 1", 3, 1, stream)
+    for epoch in (2, 3):
+        time.sleep(0.15)  # tqdm draws at most ten times a second
+        progress.show(epoch, {"loss": 0.5}, 1.5)
+    progress.close()
+    shown = stream.getvalue()
+    assert shown.count("\n") == 1 and "\r" in shown
+    for part in ("stage 2  fold 1", "1/3", "3/3", "loss 0.5"):
+        assert part in shown
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    stream = Terminal()
+    lib.Progress("stage 2  fold 1", 3, 1, stream).show(2, {"loss": 0.5}, 1.5)
+    assert stream.getvalue().endswith("used 1.5 min\n")
+
+
+def test_idle_gpus_are_told_of(monkeypatch):
+    """Two GPUs, one process: the command that uses both; nothing under torchrun, on a CPU, with one GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    said = lib.spare_gpus(torch.device("cuda:0"))
+    assert "torchrun --standalone --nproc_per_node=2 solve.py" in said and "%%writefile solve.py" in said
+    assert lib.spare_gpus(torch.device("cpu")) == ""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert lib.spare_gpus(torch.device("cuda:1")) == ""
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert lib.spare_gpus(torch.device("cuda:0")) == ""

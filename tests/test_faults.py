@@ -203,7 +203,7 @@ def test_30_not_a_number_once(argv, monkeypatch, call):
 def test_30_not_a_number_for_ever(argv, monkeypatch):
     """If every step is no number, the third attempt ends with a sentence that says what to try."""
     nan_loss(monkeypatch)
-    refused(argv, "stage 1, fold 0, epoch 1", "not finite", "--lr")
+    refused(argv, "stage 1  fold 0, epoch 1", "not finite", "--lr")
 
 
 def test_30_not_a_number_from_the_second_epoch_on(argv, monkeypatch):

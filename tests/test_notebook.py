@@ -38,12 +38,16 @@ def executed(tmp_path_factory):
     ).execute()
     printed = []
     for name, cell in zip(order, book.cells, strict=True):
-        assert all(output.output_type == "stream" for output in cell.outputs), (name, cell.outputs)
+        shown = [output for output in cell.outputs if output.output_type != "stream"]
+        assert all(output.output_type == "display_data" for output in shown), (name, shown)
+        assert len(shown) == (name in ("main", "import"))
+        for page in (output.data["text/html"] for output in shown):  # the scores and key pictures
+            assert "mean IoU (competition)" in page and 4 <= page.count("<figure") <= 8
         printed.append(
             (
                 name,
                 *(
-                    "".join(output.text for output in cell.outputs if output.name == stream)
+                    "".join(output.text for output in cell.outputs if output.get("name") == stream)
                     for stream in ("stdout", "stderr")
                 ),
             )

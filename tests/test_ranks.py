@@ -162,6 +162,19 @@ def test_alone_nothing_is_shared(tmp_path):
     """One process: sums are the array itself, no file is touched, nothing is joined."""
     with lib.Ranks() as ranks:
         array = np.arange(3, dtype=np.uint16)
-        assert ranks.sum(array) is array
+        assert ranks.sum(array) is array and ranks.gather(5).tolist() == [5]
         ranks.share(tmp_path / "none", -1)
     assert not any(tmp_path.iterdir())
+
+
+def test_other_options_on_another_node_are_refused(tmp_path, data):
+    """Two agents, one with another seed: both end soon, with 2 or as the other is gone, and one says why."""
+    port, nodes = free_port(), []
+    for node in (0, 1):
+        launch = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        argv = command(data, tmp_path / f"node{node}", [*TWO_SEEDS, "--seed", str(node)], 1, *launch)
+        nodes.append(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ends = [(node.communicate(timeout=120)[1], node.returncode) for node in nodes]
+    assert all(status != 0 for _, status in ends)
+    assert any("solve.py: torchrun: the processes have different data or options" in err for err, _ in ends)
+    assert not list(tmp_path.glob("node*/state/identity.json"))

@@ -630,6 +630,20 @@ def test_finished_run_goes_straight_to_the_prediction(run):
     assert (out / "submission.csv").read_bytes() == before
 
 
+def test_an_earlier_output_attached_on_kaggle_is_gone_on_with(tmp_path, uninterrupted, killed, monkeypatch):
+    """A killed run's output below /kaggle/input, another one's beside it: a new --out takes over the one of
+    the same data and options, trains no epoch of it again, and ends in the bytes of an uninterrupted run."""
+    shutil.copytree(killed, tmp_path / "input" / "earlier" / "submission")
+    other = tmp_path / "input" / "another" / "state"
+    other.mkdir(parents=True)
+    (other / "identity.json").write_text('{"seed": 9}')
+    monkeypatch.setattr(lib, "KAGGLE_INPUT", tmp_path / "input")
+    status, printed, err = start(["--data", uninterrupted[0], "--out", tmp_path / "out", *LONG])
+    assert status == 0, err
+    assert "taking over" in printed and "stage 1  fold 0  epoch 1/" not in printed
+    same_as(uninterrupted[1], tmp_path / "out")
+
+
 def test_flipped_bit_in_a_checkpoint_is_survived(tmp_path, uninterrupted, killed):
     """Fault 41: the newest checkpoint is damaged too; the run says so, goes on from the one before, and ends
     the same."""
