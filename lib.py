@@ -1384,8 +1384,9 @@ class Ranks:
     """
 
     def __init__(self):
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0)) % self.world
+        world, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
+        self.world = int(world) if world.isdigit() and rank.isdigit() and "MASTER_ADDR" in os.environ else 1
+        self.rank = int(rank) if self.world > 1 else 0  # a cluster's WORLD_SIZE alone is not torchrun
         self.leaving, self.stdout = threading.Event(), sys.stdout
 
     def __enter__(self) -> Ranks:
@@ -1524,13 +1525,14 @@ def write_json(path: Path, value) -> None:
 
 def take_over(out: Path, identity: dict) -> None:
     """Copy the state of a run of this identity from Kaggle's inputs, if there is one, into out."""
-    for file in KAGGLE_INPUT.rglob("state/identity.json"):
+    found = KAGGLE_INPUT.rglob("state/identity.json")
+    for file in sorted(found, key=lambda file: -len([*file.parent.glob("stage*.pt")])):  # the furthest
         with contextlib.suppress(UserError):  # damaged, and perhaps nothing of ours
             if read_json(file) == identity:
                 print(f"taking over the earlier run of {file.parents[1]}")
                 files = {*file.parent.glob("*.*"), *file.parents[1].glob("outliers.csv")} - {file}
                 for old in (*sorted(files), file):  # the identity last: without it nothing is there
-                    if old.name != "clock.json":  # another session has its own hours
+                    if old.is_file() and old.name != "clock.json":  # another session has its own hours
                         with atomic_write(out / old.relative_to(file.parents[1])) as f:
                             f.write(old.read_bytes())
                 return
@@ -1780,7 +1782,8 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     for s in stages:
         counts = pd.DataFrame(metrics[f"{s}_confusion"], CLASSES, CLASSES)
         parts.append(f"<h3>{s}</h3>" + table(counts.div(counts.sum(axis=1).clip(1), axis=0)))
-    bins = np.array([row for row in metrics[f"{metrics['submitted']}_reliability"] if row[2]] or [[0] * 3])
+    rows = metrics[f"{metrics['submitted']}_reliability"]
+    bins = np.array([row for row in rows if row[2] > 0] or [[0] * 3])
     parts += ["<h2>How sure, how right</h2>", curves(f"{metrics['submitted']}, from the least sure pixels to "
               "the surest", {"confidence": bins[:, 0].tolist(), "accuracy": bins[:, 1].tolist()})]
     if test_labels is not None:

@@ -40,7 +40,8 @@ class Config:
                        group="input and output")
     out: str = option("submission", "folder for everything that is written", lib.is_path)
     recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
-    max_hours: float = option(11.0, "a submission exists before this many hours are over")
+    max_hours: float = option(11.0, "a submission exists before this many hours are over",
+                              lambda value: 0 <= value <= 9999)
     seed: int = option(0, "seed of folds, weights and augmentation", lambda v: 0 <= v < 2**63)
     fresh: bool = option(False, "throw away the state of an earlier run in --out")
     clean: bool = option(True, "keep intruders in the training set", group="cleaning and frames")
@@ -55,7 +56,7 @@ class Config:
                             ("auto", "bfloat16", "float16", "float32").__contains__)
     folds: int = option(0, "parts, each validates networks that never saw it; 1: one 15 %% split",
                         group="size of the work; 0: planned from the measured speed and --max-hours")
-    seeds: int = option(0, "networks of each fold and stage, whose mean counts")
+    seeds: int = option(0, "networks of each fold and stage, whose mean counts", lambda v: 0 <= v <= 99)
     width: int = option(0, "channels of the first level (the paper: 64)")
     epochs: int = option(0, "epochs of each network of each stage")
     stages: int = option(2, "1: no second stage", (1, 2).__contains__)
@@ -627,7 +628,7 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     print(f"plan: {plan['folds']} folds × {plan['seeds']} seeds, width {plan['width']}, at most "
           f"{plan['epochs'][0]} + {plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training "
           f"images/s on each of {ranks.world} processes: about {seconds / 60:.1f} of the "
-          f"{clock.left() / 60:.1f} minutes left", flush=True)
+          f"{max(0, clock.left()) / 60:.1f} minutes left", flush=True)
     return run
 
 

@@ -147,7 +147,8 @@ class Gone:
 @pytest.mark.parametrize("store", [Store(), Gone()])
 def test_a_silent_process_is_noticed_on_another_node(monkeypatch, store):
     """One process of two gives no sign, or the store is gone: this one gets SIGTERM after that time."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
     got = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: got.set())
     try:
