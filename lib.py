@@ -479,7 +479,7 @@ def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: st
 # ---------------------------------------------------------------------------------------- 3. frames
 
 CELL = 8          # pixels of a side of the cells in which frames are pooled
-RARE_REACH = 0.7  # cells: a rock says nothing of the next tile, except where the border cuts it
+RARE_REACH = 1.4  # cells: a rock says little of the next tile, except where the border cuts it
 _STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile to the right, left, below, above
 
 
@@ -745,13 +745,13 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
                  place: np.ndarray, reach: float) -> np.ndarray:
     """Return what frames say of their tiles' cells: log-ratios of classes to their overall shares.
 
-    By the labels of a frame's other tiles, and by the predictions of those whose label is not known. The
-    overall shares count as a little ground nearby, so that few witnesses say little.
+    By the labels of a frame's other tiles, and, of common classes, by the predictions of those whose label is
+    not known. The overall shares count as a little ground nearby, so that few witnesses say little.
 
     Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
     predicted; hidden, bool (N,), whose labels may not be seen; rare, bool (C,), classes that reach no further
     than RARE_REACH; place, (3, T) of find_frames; reach of pool_frames.
-    Returns: float32 (2, T, C, h, w), by labels and by predictions.
+    Returns: float32 (T, 2, C, h, w), by labels and by predictions.
     """
     known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
     known[seen], guessed[seen] = truth[seen], 0
@@ -759,23 +759,32 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
     base = known.sum((0, 2, 3))[:, None, None]
     base = base / max(base.sum(), 1) + 1e-6
 
-    def log_ratios(reach: float) -> np.ndarray:
-        pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)])
-        return np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
+    def log_ratios(reach: float, little: float) -> np.ndarray:
+        pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)], 1)
+        return np.log((pooled + little * base) / ((pooled.sum(2, keepdims=True) + little) * base))
 
-    ratios = log_ratios(reach)
-    ratios[:, :, rare] = log_ratios(RARE_REACH)[:, :, rare]
-    ratios[:, :, 0] = 0
+    ratios = log_ratios(reach, 0.02)
+    ratios[:, :, rare] = log_ratios(RARE_REACH, 0.005)[:, :, rare]
+    ratios[:, 1, rare] = ratios[:, :, 0] = 0
     return ratios
 
 
-def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray, fold_of: np.ndarray,
-                   place: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Return what frames say of the training tiles, and each fold of the test tiles: what to add to their
-    log-probabilities, float32 (N, C, h, w) and (M, C, h, w). No list where nothing helps.
+@dataclass
+class Evidence:
+    """What frames say of their tiles' cells, log-ratios float32 (·, 2, C, h, w) of frame_ratios, and how much
+    of it to believe without any training."""
+
+    known: np.ndarray       # (N, …) of the training tiles, the labels of each one's fold hidden
+    test: list[np.ndarray]  # each fold's (M, …) of the test tiles, for which all labels are known
+    strengths: np.ndarray   # (2,), zeros where nothing helps
+
+
+def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_of: np.ndarray,
+                   place: np.ndarray) -> Evidence:
+    """Return what frames say of the training tiles, and each fold of the test tiles.
 
     For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
-    appears nowhere. For test tiles all labels are known. Reach and strengths are the best out of fold.
+    appears nowhere. Reach and strengths are the best out of fold.
 
     Args: probs, out of fold, in 1/255, uint8 (N, C, H, W); said, each fold's predicted shares of cells,
     (N + M, C, h, w), see frame_ratios; masks (N, H, W); fold_of (N,); place (3, N + M).
@@ -785,40 +794,49 @@ def frame_evidence(probs: np.ndarray, said: list[np.ndarray], masks: np.ndarray,
     rare = rare_classes(masks)
     small, small_truth = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4]
 
-    def evidence(reach: float, fold: int, shown: bool) -> np.ndarray:
-        return frame_ratios(truth, said[fold], (fold_of == fold) & (not shown), rare, place, reach)
+    def known(reach: float) -> np.ndarray:  # of one split, -1: no tile's own label is heard in any case
+        each = [frame_ratios(truth, said[fold], fold_of == fold, rare, place, reach)[:n]
+                for fold in range(len(said))]
+        return np.stack(each)[fold_of.clip(0), np.arange(n)]
 
     before = iou_scores(confusion_matrix(small_truth, small[:, 1:].argmax(1) + 1))[0]
-    best = before, 0, (0.0, 0.0)
+    best = before, 6, (0.0, 0.0)
     for reach in (4, 6, 9):
-        own = np.stack([evidence(reach, fold, False)[:, :n] for fold in range(len(said))])
-        own = own[fold_of.clip(0), :, np.arange(n)][scored]
+        own = known(reach)[scored]
         for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
-            pred = reweigh(small, np.einsum("ij...,j->i...", own, np.float32(strengths)), 1).argmax(1)
+            pred = reweigh(small, own, np.float32(strengths), 1).argmax(1)
             score = iou_scores(confusion_matrix(small_truth, pred))[0]
             best = (score, reach, strengths) if score > best[0] else best  # equals: the weaker, found first
     miou, reach, strengths = best
     print(f"frames: of reach {reach} cells, strength of labels and predictions {strengths}: out of fold "
           f"{before:.4f} → {miou:.4f} on a part of the pixels", flush=True)
-    known, test, strengths = np.zeros((n, *said[0].shape[1:]), np.float32), [], np.float32(strengths)
-    for fold in range(len(said) if any(strengths) else 0):
-        own = fold_of == fold
-        known[own] = np.tensordot(strengths, evidence(reach, fold, False), 1)[:n][own]
-        test.append(np.tensordot(strengths, evidence(reach, fold, True), 1)[n:])
-    return known, test
+    nothing = np.zeros(n, bool)  # is hidden
+    test = [frame_ratios(truth, one, nothing, rare, place, reach)[n:].copy() for one in said]
+    return Evidence(known(reach), test, np.float32(strengths))
 
 
-def reweigh(probs: np.ndarray, log_ratio: np.ndarray, first_class: int) -> np.ndarray:
-    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(log_ratio), normalised again.
+def reweigh(probs: np.ndarray, evidence: np.ndarray, strengths: np.ndarray, first_class: int) -> np.ndarray:
+    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(evidence · strengths), normalised again.
 
-    Shape: log_ratio (B, C, h, w) float32 of any coarser grid.
+    Shape: evidence float32 (B, 2, C, h, w) of any coarser grid; strengths (2,).
     """
     out = np.zeros_like(probs)
     for i in range(0, len(probs), 256):  # bounded memory: a float copy of all is four times as large
-        fine = F.interpolate(torch.from_numpy(log_ratio[i:i + 256, first_class:]), probs.shape[2:],
-                             mode="bilinear").exp_().numpy()
+        log_ratio = np.einsum("bs...,s->b...", evidence[i:i + 256, :, first_class:], strengths)
+        fine = F.interpolate(torch.from_numpy(log_ratio), probs.shape[2:], mode="bilinear").exp_().numpy()
         fine *= np.maximum(probs[i:i + 256, first_class:], np.float32(0.5))
         out[i:i + 256, first_class:] = np.rint(fine * (255 / fine.sum(1, keepdims=True)))
+    return out
+
+
+def keep_classes(before: np.ndarray, after: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Return probabilities in 1/255, uint8 (B, C, H, W): of the classes kept, bool (C,), as before; the rest
+    is shared by the others as after says."""
+    out = before.copy()
+    for i in range(0, len(out), 256):  # bounded memory
+        others = after[i:i + 256, ~kept].astype(np.float32)
+        left = 255 - before[i:i + 256, kept].sum(1, keepdims=True, dtype=np.float32)  # rounded up: below 0
+        out[i:i + 256, ~kept] = np.rint(others * (left.clip(0) / np.maximum(others.sum(1, keepdims=True), 1)))
     return out
 
 
@@ -973,6 +991,13 @@ class UNet(nn.Module):
         first = "encoder.0.0.weight"
         extra = torch.zeros_like(mine[first][:, weights[first].shape[1]:])
         self.load_state_dict(weights | {first: torch.cat([weights[first].to(extra), extra], 1)})
+
+    @torch.no_grad()
+    def silence(self, classes: torch.Tensor) -> None:
+        """Never answer those classes, bool (num_classes,), until training says otherwise."""
+        for head in self.heads:
+            head.weight[classes.repeat_interleave(self.stride ** 2)] = 0
+            head.bias[classes.repeat_interleave(self.stride ** 2)] = -20
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         h, w = x.shape[-2:]

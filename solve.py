@@ -5,7 +5,7 @@
     python solve.py --recipe paper                    the published system, measured with both metrics
     python solve.py --width 32 --folds 5 --epochs 40  exactly this much work, whatever the clock says
 
-load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ stage 2 ─ evidence ─ predict ─ write
+load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ evidence ─ stage 2 ─ predict ─ write
 
 This file is what we decided; what is true of the task is in lib.py.
 """
@@ -63,7 +63,7 @@ class Config:
     batch_size: int = option(32, "images a step", lambda value: value > 0, group="training")
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    rare_repeat: int = option(8, "how often an epoch shows images that hold a class under 2 %% of the pixels",
+    rare_repeat: int = option(8, "how often stage 1 sees images that hold a class under 2 %% of the pixels",
                               lambda value: value > 0)
     paste: float = option(0.5, "share of images, small ones, that get patches of such a class",
                           lambda value: 0 <= value <= 1)
@@ -73,7 +73,7 @@ class Config:
     alpha: float = 1.0            # factor of the focal loss
     second_lr: float = 0.25       # stage 2's rate, as a share of lr: it goes on with stage 1's weights
     first_class: int = 1          # 0: background too is learnt and predicted; 1: ignored, never predicted
-    refine: str = "correct"       # stage 2 corrects stage 1's labels, or fills in its "background" alone
+    refine: str = "correct"       # stage 2 corrects the common classes, or fills in the "background" alone
     select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
     geometric: tuple = (0.1, 0.25, 8.0)  # shift, scale, degrees
     light: float = 0.2            # brightness and contrast
@@ -162,19 +162,20 @@ class Run:
 
 @dataclass
 class View:
-    """What a network looks at. In stage 2 also what stage 1 said there."""
+    """What a network looks at. In stage 2 also what was said there before, and what the frames say."""
 
     images: torch.Tensor                    # uint8 (N, H, W)
     paste: float = 0.0                      # share of the images trained on that get patches of rare classes
     cleaned: torch.Tensor | None = None     # masks, uint8 (N, H, W)
     confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, H, W)
+    evidence: torch.Tensor | None = None    # of labels and of predictions, float (N, 2 * outputs, h, w)
 
 
 def network_input(run: Run, view: View, index) -> torch.Tensor:
     """Return the input batch of the images at index (tensor or slice), float (B, C, H, W).
 
-    Stage 1: the standardised image. Stage 2, "correct": also stage 1's cleaned mask one-hot, and its
-    confidence. Stage 2, "background": also a flag, 0 where stage 1 said background and -1 elsewhere.
+    Stage 1: the standardised image. Stage 2, "correct": also the cleaned mask one-hot, its confidence and the
+    frames' evidence. Stage 2, "background": also a flag, 0 where stage 1 said background and -1 elsewhere.
     """
     x = ((view.images[index].float() - run.data.mean) / run.data.std)[:, None]
     if view.cleaned is None:
@@ -183,7 +184,10 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
     if run.cfg.refine == "background":
         return torch.cat([x, -(cleaned != 0).float()], 1)
     classes = torch.arange(run.cfg.first_class, NUM_CLASSES, device=run.device)[:, None, None]
-    return torch.cat([x, (cleaned == classes).float(), view.confidence[index][:, None].float() / 255], 1)
+    x = torch.cat([x, (cleaned == classes).float(), view.confidence[index][:, None].float() / 255], 1)
+    if view.evidence is None:
+        return x
+    return torch.cat([x, F.interpolate(view.evidence[index] / 3, x.shape[2:], mode="bilinear")], 1)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -207,16 +211,16 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
     return x.contiguous(memory_format=torch.channels_last), y
 
 
-def new_training(run: Run, stage: int, net: int, parent: lib.UNet | None = None) -> dict:
+def new_training(run: Run, stage: int, net: int, channels: int = 1, parent: lib.UNet | None = None) -> dict:
     """Return all that training changes, by name; the first weights are the parent's, where there is one, or
-    depend on (seed, stage, net) alone."""
+    depend on (seed, stage, net) alone. A second network that goes on never answers a rare class."""
     cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
-    channels = 2 + outputs if stage == 2 and cfg.refine == "correct" else stage
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, net, 0).initial_seed())
         model = lib.UNet(channels, outputs, run.plan["width"], len(cfg.level_weights) + 1, cfg.stride)
     if parent is not None:
         model.start_from(parent)
+        model.silence(run.is_rare[cfg.first_class:])
     model = model.to(run.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr * (cfg.second_lr if stage == 2 else 1),
                                   weight_decay=cfg.weight_decay, fused=True)
@@ -248,7 +252,7 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
         x, y = training_batch(run, view, targets, index, donors, gen)
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
-        target = y.long() - run.cfg.first_class  # background or -1 fall below the first class learnt: ignored
+        target = (y.long() - cfg.first_class).clamp_min(-1)  # below the first class learnt: ignored
         loss = lib.deep_supervision_loss(logits, target, cfg.level_weights, **run.loss_args)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -274,16 +278,18 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
         with lib.autocast(run.device, run.dtype):
             x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
             logits = model(x)[0]
-        loss += lib.focal_loss(logits, y - run.cfg.first_class, **run.loss_args) * len(part)
+        target = (y - run.cfg.first_class).clamp_min(-1)
+        loss += lib.focal_loss(logits, target, **run.loss_args) * len(part)
         pair = y * NUM_CLASSES + logits.argmax(1) + run.cfg.first_class
         confusion += torch.bincount(pair[y >= 0], minlength=NUM_CLASSES ** 2)
     confusion = confusion.reshape(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
     return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion)[0]}
 
 
-def resume(run: Run, stage: int, net: int, parent: lib.UNet | None) -> tuple[dict, dict | None]:
+def resume(run: Run, stage: int, net: int, view: View, parent: lib.UNet | None) -> tuple[dict, dict | None]:
     """Return new_training's parts as the last epoch left them, and its checkpoint or None."""
-    parts, state = new_training(run, stage, net, parent), lib.load_checkpoint(run.checkpoint(stage, net))
+    parts = new_training(run, stage, net, network_input(run, view, slice(1)).shape[1], parent)
+    state = lib.load_checkpoint(run.checkpoint(stage, net))
     if state and not state["finished"]:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -341,7 +347,7 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
     cooldown = cfg.cooldown if parent is None else 1.0  # what goes on must not forget
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    parts, state = resume(run, stage, net, parent)
+    parts, state = resume(run, stage, net, view, parent)
     if state is None:
         state = first_state(run, stage, deadline)
         if parent is not None:
@@ -367,7 +373,7 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
                 save(run, run.checkpoint(stage, net), parts, state)
                 break
             print(f"{record}; again from the last good one, at half the rate", flush=True)
-            parts = resume(run, stage, net, parent)[0]
+            parts = resume(run, stage, net, view, parent)[0]
             parts["optimizer"].param_groups[0]["lr"] = rate / 2
             continue
         record["lr"], group["lr"] = group["lr"], rate
@@ -422,7 +428,7 @@ def make_plan(run: Run) -> dict:
         """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
         part = 1 / folds if folds > 1 else 1 / 7
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
-        passes = seeds * cfg.stages * ((1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
+        passes = seeds * (cfg.stages * (1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
         predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
         left = run.clock.left() - predict * -(-folds // world) / folds
         return epoch, predict, int(0.875 * left / (-(-folds * seeds // world) * epoch))
@@ -440,11 +446,12 @@ def make_plan(run: Run) -> dict:
     epoch_seconds, predict_seconds, epochs = cost(folds, seeds, speed)
     epochs = max(2, min(epochs, most))
     first = cfg.epochs or (min(epochs - 1, round(0.8 * epochs)) if cfg.stages == 2 else epochs)
-    second = (cfg.epochs or epochs - first) if cfg.stages == 2 else 0
+    ratio = 1.15 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
+    second = (cfg.epochs or round((epochs - first) / ratio)) if cfg.stages == 2 else 0
     small = 1 - 0.7 * run.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
     first = cfg.epochs or round(first / small)
     return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "epochs": [first, second],
-            "epoch_seconds": [small * epoch_seconds, 1.05 * epoch_seconds],
+            "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds],
             "predict_seconds": predict_seconds, "train_images_per_second": speed,
             "precision": str(run.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
 
@@ -521,25 +528,15 @@ def out_of_fold(run: Run, stage: list[list[lib.UNet]], view: View) -> np.ndarray
     return run.ranks.sum(probs)
 
 
-def predict_stages(run: Run, stages: list[list[list[lib.UNet]]], fold: int, images: torch.Tensor,
-                   tta: bool = True) -> dict:
-    """Return stage → probabilities of images, as predict gives them, by one fold's networks: the second ones
-    see what the first said."""
-    said = {"stage1": predict(run, stages[0][fold], View(images), tta=tta)}
-    if len(stages) == 2:
-        said["stage2"] = predict(run, stages[1][fold], second_view(run, images, said["stage1"]), tta=tta)
-    return said
-
-
-def predicted_cells(run: Run, stages: list[list[list[lib.UNet]]], probs: np.ndarray) -> np.ndarray:
+def predicted_cells(run: Run, first: list[list[lib.UNet]], probs: np.ndarray) -> np.ndarray:
     """Return each fold's predicted class shares, float32 (folds, N + M, C, h, w): out of fold of the training
-    tiles, and of the test tiles by the fold's networks."""
+    tiles, and of the test tiles by the fold's first networks."""
     ours = lib.to_cells(probs) / 255
     cells = np.zeros((run.folds, len(ours) + len(run.test_images), *ours.shape[1:]), np.float32)
     for fold in run.mine(run.folds):
         cells[fold, :len(ours)], start = ours, len(ours)
         for part in run.test_images.split(500) if len(run.test_images) else ():  # bounded memory
-            said = predict_stages(run, stages, fold, part, tta=False).popitem()[1]
+            said = predict(run, first[fold], View(part), tta=False)
             cells[fold, start:start + len(part)] = lib.to_cells(said) / 255
             start += len(part)
     return run.ranks.sum(cells)
@@ -555,26 +552,43 @@ def final_masks(run: Run, probs: np.ndarray, factors=(1,) * NUM_CLASSES,
     return lib.clean_masks(labels)
 
 
-def second_view(run: Run, images: torch.Tensor, probs: np.ndarray) -> View:
-    """Return stage 2's view of images, given stage 1's probabilities there, uint8 (B, C, H, W)."""
+def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, evidence: np.ndarray | None) -> View:
+    """Return stage 2's view of images, given what was said there before, probabilities uint8 (B, C, H, W),
+    and the frames' evidence (B, 2, C, h, w), if any."""
     said = final_masks(run, probs), probs.max(1)
     cleaned, confidence = (torch.from_numpy(array).to(run.device) for array in said)
+    if evidence is not None:
+        evidence = torch.from_numpy(evidence[:, :, run.cfg.first_class:]).to(run.device).flatten(1, 2)
     # our networks begin with what stage 1 learnt from patches; the published ones begin anew
-    return View(images, run.cfg.paste if run.cfg.refine == "background" else 0.0, cleaned, confidence)
+    paste = run.cfg.paste if run.cfg.refine == "background" else 0.0
+    return View(images, paste, cleaned, confidence, evidence)
 
 
-def predict_test(run: Run, stages: list[list[list[lib.UNet]]], ratios: list[np.ndarray],
+def keep_rare(run: Run, before: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return stage 2's probs; those of rare classes as before, where stage 2 corrects the others alone."""
+    if run.cfg.refine == "background":
+        return probs
+    return lib.keep_classes(before, probs, run.is_rare.cpu().numpy())
+
+
+def predict_test(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evidence | None,
                  part: slice) -> dict[str, np.ndarray]:
-    """Return step → probabilities of a part of the test images, summed over folds, uint16 (B, C, H, W)."""
+    """Return step → probabilities of a part of the test images, summed over folds, uint16 (B, C, H, W). Each
+    step starts from what the same fold's networks said before."""
     images, sums = run.test_images[part], {}
     for fold in run.mine(len(stages[0])):
-        said = predict_stages(run, stages, fold, images)
-        if len(ratios):
-            said["frames"] = lib.reweigh(said[[*said][-1]], ratios[fold][part], run.cfg.first_class)
+        said = {"stage1": predict(run, stages[0][fold], View(images))}
+        evidence = frames and frames.test[fold][part]
+        if frames:
+            said["frames"] = lib.reweigh(said["stage1"], evidence, frames.strengths, run.cfg.first_class)
+        if len(stages) == 2:
+            before = said[[*said][-1]]
+            view = second_view(run, images, before, evidence)
+            said["stage2"] = keep_rare(run, before, predict(run, stages[1][fold], view))
         for name, probs in said.items():
             sums[name] = np.add(sums.get(name, 0), probs, dtype=np.uint16)
     nothing = np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16)  # a rank without a fold
-    names = ["stage1", "stage2"][:len(stages)] + ["frames"] * bool(len(ratios))
+    names = ["stage1"] + ["frames"] * bool(frames) + ["stage2"] * (len(stages) == 2)
     return {name: run.ranks.sum(sums.get(name, nothing)) for name in names}
 
 
@@ -639,42 +653,50 @@ def share_decisions(ranks: lib.Ranks, state: Path) -> None:
         ranks.share(file, int(ranks.rank == 0) if file.exists() else -1)
 
 
-def second_stage(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
+def second_stage(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, frames: lib.Evidence | None,
                  end: float) -> tuple[list[list[lib.UNet]], np.ndarray] | None:
-    """Return the second networks and their out-of-fold probs, given the first's; None if some are missing."""
-    view, targets, parents = second_view(run, run.images, probs), run.masks, first
+    """Return the second networks and their out-of-fold probs, given the first networks, the probs before and
+    the frames' evidence; None if some networks are missing.
+
+    Ours start from the first ones and correct the common classes alone: they have seen the few images of a
+    rare class so often that a second time only fits those closer.
+    """
+    view, parents = second_view(run, run.images, probs, frames and frames.known), first
+    targets = torch.where(run.is_rare[run.masks.clamp_min(0).int()], -1, run.masks)
     if run.cfg.refine == "background":
-        targets, parents = torch.where(view.cleaned == 0, targets, -1), None
+        targets, parents = torch.where(view.cleaned == 0, run.masks, -1), None
     second = train_stage(run, 2, view, targets, end, parents)
-    return (second, out_of_fold(run, second, view)) if len(second) == run.folds else None
+    if len(second) < run.folds:
+        return None
+    return second, keep_rare(run, probs, out_of_fold(run, second, view))
 
 
 def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, labels: dict, metrics: dict,
-           end: float) -> tuple[list[list[list[lib.UNet]]], list[np.ndarray], np.ndarray]:
-    """Return all stages' networks, each fold's evidence of the frames on the test set, and the last
-    out-of-fold probs, given stage 1's; what each step says and scores goes into labels and metrics."""
-    stages, ratios = [first], []
+           end: float) -> tuple[list[list[list[lib.UNet]]], lib.Evidence | None, np.ndarray]:
+    """Return all stages' networks, the frames' evidence, if any, and the last out-of-fold probs, given stage
+    1's; what each step says and scores goes into labels and metrics."""
+    stages, frames = [first], None
+    if run.place is not None:
+        metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
+        frames = lib.frame_evidence(probs, predicted_cells(run, first, probs), run.data.masks, run.fold_of,
+                                    run.place)
+        probs = lib.reweigh(probs, frames.known, frames.strengths, run.cfg.first_class)
+        labels["frames"] = score(run, "frames", probs, metrics, run.folds)
     if run.cfg.stages == 2:
         try:
-            if (both := second_stage(run, first, probs, end)) is None:
+            before = [*labels][-1]
+            if (both := second_stage(run, first, probs, frames, end)) is None:
                 print("stage 2: not all folds have one; going on without", flush=True)
             else:
                 second, corrected = both
                 labels["stage2"] = score(run, "stage2", corrected, metrics, run.folds, labels["stage1"])
-                if run.cfg.refine == "background" or metrics["stage2_miou"] > metrics["stage1_miou"]:
+                if run.cfg.refine == "background" or metrics["stage2_miou"] > metrics[f"{before}_miou"]:
                     stages, probs = [first, second], corrected
         except Exception as e:  # whatever it is, there is a first stage
             if run.ranks.world > 1:
                 raise  # the others know nothing of it
             print(f"stage 2: {type(e).__name__}: {e}; going on without", flush=True)
-    if run.place is not None:
-        metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
-        said = predicted_cells(run, stages, probs)
-        known, ratios = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
-        if ratios:
-            probs = lib.reweigh(probs, known, run.cfg.first_class)
-            labels["frames"] = score(run, "frames", probs, metrics, run.folds)
-    return stages, ratios, probs
+    return stages, frames, probs
 
 
 def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
@@ -686,7 +708,7 @@ def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     metrics = {"recipe": cfg.recipe,
                **{key: run.plan[key] for key in ("folds", "seeds", "width", "epochs", "precision")}}
     # after small images with patches come whole ones as they are: that is what will be predicted
-    view, labels, ratios = View(run.images, paste=0.0 if run.small_share else cfg.paste), {}, []
+    view, labels, frames = View(run.images, paste=0.0 if run.small_share else cfg.paste), {}, None
     first_end = used + (end - used) * work[0] / sum(work)
     stages = [train_stage(run, 1, view, run.masks, first_end)]
     if not stages[0]:
@@ -695,14 +717,14 @@ def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     labels["stage1"] = score(run, "stage1", probs, metrics, len(stages[0]))
     try:
         if len(stages[0]) == run.folds:
-            stages, ratios, probs = refine(run, stages[0], probs, labels, metrics, end)
-        test_labels = write_outputs(run, stages, ratios, labels, metrics)
+            stages, frames, probs = refine(run, stages[0], probs, labels, metrics, end)
+        test_labels = write_outputs(run, stages, frames, labels, metrics)
     except Exception as e:  # whatever it is, there is something to submit
         if run.ranks.world > 1:
             raise
         print(f"after stage 1: {type(e).__name__}: {e}; stage 1 is submitted", flush=True)
         labels = {"stage1": labels["stage1"]}
-        test_labels = write_outputs(run, stages[:1], [], labels, metrics)
+        test_labels = write_outputs(run, stages[:1], None, labels, metrics)
     if run.ranks.rank:
         return metrics
     metrics["minutes"] = round(run.clock.used() / 60, 2)
@@ -749,7 +771,7 @@ def score(run: Run, name: str, probs: np.ndarray, metrics: dict, folds: int,
     return labels
 
 
-def write_outputs(run: Run, stages: list[list[list[lib.UNet]]], ratios: list[np.ndarray], labels: dict,
+def write_outputs(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evidence | None, labels: dict,
                   metrics: dict) -> np.ndarray | None:
     """Choose the step to submit, predict the test set, write submission.csv and its zip, read it back, score
     it if labels are known; return the labels submitted, uint8 (M, H, W), or None without a test set."""
@@ -759,7 +781,7 @@ def write_outputs(run: Run, stages: list[list[list[lib.UNet]]], ratios: list[np.
         return None
     file, parts, sure = run.state.parent / "submission.csv", {}, []
     for start in range(0, len(run.test_images), 500):  # bounded memory
-        for name, sums in predict_test(run, stages, ratios, slice(start, start + 500)).items():
+        for name, sums in predict_test(run, stages, frames, slice(start, start + 500)).items():
             if run.ranks.rank:
                 continue  # one writes
             first = parts["stage1"][-1] if name == "stage2" else None

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> dict[str, float]:
             raise lib.UserError(f"{run.state.parent}: no finished first stage, or no frames")
         models[-1][0].load_state_dict(state["best"])
     probs = solve.out_of_fold(run, models, solve.View(run.images))
-    said = solve.predicted_cells(run, [models], probs)
+    said = solve.predicted_cells(run, models, probs)
     rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)
     places = {"with frames": true}
     for draw in range(3):
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> dict[str, float]:
     metrics: dict = {}
     solve.score(run, "stage 1", probs, metrics, run.folds)
     for name, run.place in places.items():
-        known, some = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
-        own = lib.reweigh(probs, known, run.cfg.first_class) if some else probs
+        frames = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
+        own = lib.reweigh(probs, frames.known, frames.strengths, run.cfg.first_class)
         solve.score(run, name, own, metrics, run.folds)
     return {name: metrics[f"{name}_miou"] for name in ("stage 1", *places)}
 

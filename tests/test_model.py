@@ -119,6 +119,19 @@ def test_a_network_starts_from_another():
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_silenced_classes_are_never_answered(stride):
+    """At every level and every pixel the others share the probability, in the proportions of before."""
+    torch.manual_seed(0)
+    model, x = lib.UNet(1, 4, 4, 2, stride).train(), torch.randn(2, 1, 16, 32)
+    before = [out.softmax(1)[:, [0, 2, 3]] for out in model(x)]
+    model.silence(torch.tensor([False, True, False, False]))
+    for old, out in zip(before, model(x), strict=True):
+        now = out.softmax(1)
+        assert now[:, 1].max() < 1e-6
+        torch.testing.assert_close(now[:, [0, 2, 3]], old / old.sum(1, keepdim=True), rtol=1e-3, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------ focal loss
 
 

@@ -425,9 +425,9 @@ def test_no_network_is_trained_or_started_on_its_own_fold(tmp_path, monkeypatch)
             assert index.tolist() == np.flatnonzero(run.fold_of != key[1]).tolist()
         return train(run, parts, view, targets, index, key, *rest)
 
-    def watched(run, stage, fold, parent=None):
+    def watched(run, stage, fold, channels=1, parent=None):
         parents[stage, fold] = parent and copy.deepcopy(parent.state_dict())
-        return real(run, stage, fold, parent)
+        return real(run, stage, fold, channels, parent)
 
     monkeypatch.setattr(solve, "train_one_epoch", train)
     monkeypatch.setattr(solve, "new_training", watched)
@@ -442,11 +442,32 @@ def test_no_network_is_trained_or_started_on_its_own_fold(tmp_path, monkeypatch)
 def test_sums_of_folds_do_not_overflow(monkeypatch):
     """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88."""
     said = np.full((2, 5, 4, 4), 200, np.uint8)
-    monkeypatch.setattr(solve, "predict_stages", lambda *_: {"stage1": said.copy()})
+    monkeypatch.setattr(solve, "predict", lambda *_: said.copy())
     tiles = torch.zeros(2, 4, 4, dtype=torch.uint8)
     run = SimpleNamespace(test_images=tiles, ranks=lib.Ranks(), mine=range)
-    sums = solve.predict_test(run, [[[None]] * 3], [], slice(0, 2))["stage1"]
+    sums = solve.predict_test(run, [[[None]] * 3], None, slice(0, 2))["stage1"]
     assert sums.dtype == np.uint16 and (sums == 600).all()
+
+
+def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
+    """Of the rock, its only rare class, a second network says nothing, whatever it sees; on the test set the
+    sums over folds hold stage 1's probability of rock, and the rest as stage 2 shares it out."""
+    for fold in (0, 1):
+        model = lib.UNet(6, 4, 4, 3, 2)
+        model.load_state_dict(lib.load_checkpoint(run[0] / "state" / f"stage2_fold{fold}.pt")["best"])
+        with torch.inference_mode():
+            probs = model.eval()(torch.randn(8, 6, 32, 64))[0].softmax(1)
+        assert probs[:, 3].max() < 1e-3 < probs[:, :3].amax((0, 2, 3)).min()
+    probs = 255 * np.random.default_rng(0).dirichlet(np.ones(4), (2, 2, 4, 4))  # of two stages, two images
+    first, second = np.pad(probs, [(0, 0)] * 4 + [(1, 0)]).round().astype(np.uint8).transpose(0, 1, 4, 2, 3)
+    monkeypatch.setattr(solve, "predict", lambda run, models, *_: models[0])
+    tiles, is_rare = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.arange(5) == 4
+    fake = SimpleNamespace(test_images=tiles, ranks=lib.Ranks(), mine=range, cfg=solve.Config(),
+                           is_rare=is_rare, device=torch.device("cpu"))
+    sums = solve.predict_test(fake, [[[first]] * 2, [[second]] * 2], None, slice(0, 2))
+    np.testing.assert_array_equal(sums["stage2"][:, 4], 2 * first[:, 4].astype(int))
+    share = (255.0 - first[:, 4:]) / second[:, 1:4].sum(1, keepdims=True)
+    np.testing.assert_allclose(sums["stage2"][:, 1:4], 2 * share * second[:, 1:4], atol=1.01)
 
 
 def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
@@ -459,12 +480,12 @@ def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
         metrics["stage2_miou"] = -1.0
         return labels
 
-    def watched(run, networks, *rest, predict=solve.predict_stages, **kwargs):
+    def watched(run, networks, *rest, predict=solve.predict_test):
         asked.append(len(networks))
-        return predict(run, networks, *rest, **kwargs)
+        return predict(run, networks, *rest)
 
     monkeypatch.setattr(solve, "score", worse)
-    monkeypatch.setattr(solve, "predict_stages", watched)
+    monkeypatch.setattr(solve, "predict_test", watched)
     out = shutil.copytree(run[0], tmp_path / "out")
     assert start(["--data", write(tmp_path), "--out", out, *FAST])[0] == 0
     metrics = strict_json(out / "metrics.json")
@@ -810,7 +831,7 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     every = torch.arange(len(run.images))
     donors = every[(run.masks == 4).flatten(1).any(1)]
     probs = np.full((len(every), 5, *run.images.shape[1:]), 51, np.uint8)
-    views = solve.View(run.images, paste=1.0), solve.second_view(run, run.images, probs)
+    views = solve.View(run.images, paste=1.0), solve.second_view(run, run.images, probs, None)
     changed = []
     for view in views:
         gen = torch.Generator().manual_seed(0)
