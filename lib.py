@@ -35,6 +35,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import signal
 import sys
 import threading
@@ -1236,10 +1237,10 @@ def pick_device(name: str = "auto") -> tuple[torch.device, str]:
         return torch.device("cpu"), f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
 
 
-def spare_gpus(device: torch.device) -> str:
-    """Return how to use the GPUs that this run leaves idle, one GPU a process; nothing if there is none."""
+def spare_gpus(device: torch.device, flags: list[str]) -> str:
+    """Return how to use the GPUs that a run of these flags leaves idle; nothing if there is none."""
     here, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    command = f"torchrun --standalone --nproc_per_node={here} solve.py"
+    command = shlex.join(["torchrun", "--standalone", f"--nproc_per_node={here}", "solve.py", *flags])
     return "" if device.type != "cuda" or here <= used else (
         f"{used} of {here} GPUs is used; {command} uses all (in a notebook: %%writefile solve.py as this "
         "cell's first line, and !torchrun ... in the next)")

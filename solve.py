@@ -3,7 +3,7 @@
     python solve.py --data data/                      the whole run; the same command goes on after a kill
     python solve.py --data mars.npz --max-hours 1     planned so that a submission exists within the hour
     python solve.py --recipe paper                    the published system, measured with both metrics
-    python solve.py --width 32 --folds 5 --epochs 40  exactly this much work, whatever the clock says
+    python solve.py --width 32 --folds 5 --epochs 40  so much work, if --max-hours allows it
 
 load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ evidence ─ stage 2 ─ predict ─ write
 
@@ -620,7 +620,7 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     lib.set_threads(plan.get("threads", 0))
     dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})"
-          f"\n{lib.spare_gpus(device)}".rstrip(), flush=True)
+          f"\n{lib.spare_gpus(device, lib.to_flags(cfg))}".rstrip(), flush=True)
     if cfg.clean:
         lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
     neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
