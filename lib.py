@@ -480,7 +480,7 @@ def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: st
 # ---------------------------------------------------------------------------------------- 3. frames
 
 CELL = 8          # pixels of a side of the cells in which frames are pooled
-RARE_REACH = 1.4  # cells: a rock says little of the next tile, except where the border cuts it
+RARE_REACH = 0.7  # cells: a rock says nothing of the next tile, except where the border cuts it
 _STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile to the right, left, below, above
 
 
@@ -746,8 +746,8 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
                  place: np.ndarray, reach: float) -> np.ndarray:
     """Return what frames say of their tiles' cells: log-ratios of classes to their overall shares.
 
-    By the labels of a frame's other tiles, and, of common classes, by the predictions of those whose label is
-    not known. The overall shares count as a little ground nearby, so that few witnesses say little.
+    By the labels of a frame's other tiles, and by the predictions of those whose label is not known. The
+    overall shares count as a little ground nearby, so that few witnesses say little.
 
     Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
     predicted; hidden, bool (N,), whose labels may not be seen; rare, bool (C,), classes that reach no further
@@ -760,13 +760,13 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
     base = known.sum((0, 2, 3))[:, None, None]
     base = base / max(base.sum(), 1) + 1e-6
 
-    def log_ratios(reach: float, little: float) -> np.ndarray:
+    def log_ratios(reach: float) -> np.ndarray:
         pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)], 1)
-        return np.log((pooled + little * base) / ((pooled.sum(2, keepdims=True) + little) * base))
+        return np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
 
-    ratios = log_ratios(reach, 0.02)
-    ratios[:, :, rare] = log_ratios(RARE_REACH, 0.005)[:, :, rare]
-    ratios[:, 1, rare] = ratios[:, :, 0] = 0
+    ratios = log_ratios(reach)
+    ratios[:, :, rare] = log_ratios(RARE_REACH)[:, :, rare]
+    ratios[:, :, 0] = 0
     return ratios
 
 

@@ -89,7 +89,7 @@ def test_a_rock_is_heard_of_across_the_border_only():
     truth, said = cells(1, 4, 1), cells(1, 4, 1, 1)
     ratios = lib.frame_ratios(truth, said, np.zeros(3, bool), RARE, PLACE, 5.0)[0, 0, 4]
     near = lib.pool_frames(cells(1, 4, 1, 0), PLACE, lib.RARE_REACH)[0]
-    expected = np.log((near[4] + 0.005 / 3) / ((near.sum(0) + 0.005) / 3))
+    expected = np.log((near[4] + 0.02 / 3) / ((near.sum(0) + 0.02) / 3))
     np.testing.assert_allclose(ratios, expected, atol=1e-3)
     assert (ratios[:, -1] > 0.2).all() and (np.diff(ratios[0]) > 0.1).all()
 
