@@ -801,9 +801,9 @@ def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_
         return np.stack(each)[fold_of.clip(0), np.arange(n)]
 
     before = iou_scores(confusion_matrix(small_truth, small[:, 1:].argmax(1) + 1))[0]
-    best = before, 6, (0.0, 0.0)
-    for reach in (4, 6, 9):
-        own = known(reach)[scored]
+    best, heard = (before, 6, (0.0, 0.0)), {reach: known(reach) for reach in (4, 6, 9)}
+    for reach, each in heard.items():
+        own = each[scored]
         for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
             pred = reweigh(small, own, np.float32(strengths), 1).argmax(1)
             score = iou_scores(confusion_matrix(small_truth, pred))[0]
@@ -813,7 +813,7 @@ def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_
           f"{before:.4f} → {miou:.4f} on a part of the pixels", flush=True)
     nothing = np.zeros(n, bool)  # is hidden
     test = [frame_ratios(truth, one, nothing, rare, place, reach)[n:].copy() for one in said]
-    return Evidence(known(reach), test, np.float32(strengths))
+    return Evidence(heard[reach], test, np.float32(strengths))
 
 
 def reweigh(probs: np.ndarray, evidence: np.ndarray, strengths: np.ndarray, first_class: int) -> np.ndarray:
