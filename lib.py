@@ -49,6 +49,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+import scipy.ndimage
 import scipy.sparse.csgraph
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ import torch.nn.functional as F
 CLASSES = ("Background", "Soil", "Bedrock", "Sand", "Big Rock")
 NUM_CLASSES = len(CLASSES)
 PALETTE = np.array([(32, 32, 36), (150, 85, 25), (86, 150, 210), (240, 205, 110), (255, 255, 255)], np.uint8)
+PLAIN = [[1.0] * NUM_CLASSES, [0.0] * NUM_CLASSES]  # the rule of decide that takes the likeliest class
 KEYS = ("training_set", "test_set", "test_labels")  # of the competition's file
 KAGGLE_INPUT = Path("/kaggle/input")  # read-only; an earlier run's output comes back there
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
@@ -480,6 +482,7 @@ def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: st
 # ---------------------------------------------------------------------------------------- 3. frames
 
 CELL = 8          # pixels of a side of the cells in which frames are pooled
+REACH = 6         # cells over which what a frame says fades; of 4, 6, 9 each was the best of some run
 RARE_REACH = 0.7  # cells: a rock says nothing of the next tile, except where the border cuts it
 _STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))  # (row, column) to the tile to the right, left, below, above
 
@@ -618,7 +621,7 @@ def _assemble(n, links, limits, least, further=1.0):
                 fa, fb, dr, dc = fb, fa, -dr, -dc
             cells, moved = frames[fa], {(r + dr, c + dc): t for (r, c), t in frames[fb].items()}
             spans = [max(line) - min(line) + 1 for line in zip(*cells, *moved, strict=True)]
-            if spans[0] > limits[0] or spans[1] > limits[1] or not cells.keys().isdisjoint(moved):
+            if fa == fb or spans[0] > limits[0] or spans[1] > limits[1] or not cells.keys().isdisjoint(moved):
                 continue
             touching = [(t, side, cells[r + dr, c + dc]) for (r, c), t in moved.items()
                         for side, (dr, dc) in enumerate(_STEPS) if (r + dr, c + dc) in cells]
@@ -647,34 +650,31 @@ def _assemble(n, links, limits, least, further=1.0):
     return neighbours, confidence, place
 
 
-def find_neighbours(images, device="cpu", exclude=None):
+def find_neighbours(images, device="cpu"):
     """Each tile's neighbours in its camera frame, from the pixels alone, and how probable each link is.
 
-    Args: images uint8 (N, H, W), training tiles then test tiles; exclude bool (N,), tiles never to link.
+    Args: images uint8 (N, H, W), training tiles then test tiles.
     Returns: neighbours int32 (N, 4), the tile to the right, left, below, above or -1, each link in both
         tiles' rows; confidence float32 (N, 4), 0 without a link.
     Source: border compatibility, greedy assembly: Gallagher 2012; likelihoods are fitted to the tiles.
     """
-    return assemble_frames(images, device, exclude)[:2]
+    return assemble_frames(images, device)[:2]
 
 
-def assemble_frames(images, device="cpu", exclude=None):
+def assemble_frames(images, device="cpu"):
     """What find_neighbours returns, and the tiles' frame, row and column: int32 (3, N), no two tiles in one
     place. Frames are numbered from 0; a tile without a neighbour has frame -1.
     """
-    n, kept = len(images), np.flatnonzero(~exclude) if exclude is not None else np.arange(len(images))
-    neighbours, confidence = np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32)
-    place = np.repeat(np.array([[-1], [0], [0]], np.int32), n, 1)
-    if len(kept) < 2 or min(images.shape[1:]) < 16:
-        return neighbours, confidence, place
-    tiles = torch.from_numpy(images[kept]).to(device)
+    n = len(images)
+    if n < 2 or min(images.shape[1:]) < 16:
+        alone = np.repeat(np.array([[-1], [0], [0]], np.int32), n, 1)
+        return np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32), alone
+    tiles = torch.from_numpy(images).to(device)
     links = [_links(tiles, vertical) for vertical in (False, True)]
-    sure = _assemble(len(kept), links, (8, 8), 6, 0.5)[2]
+    sure = _assemble(n, links, (8, 8), 6, 0.5)[2]
     # a frame's extent is what 98 % of the surely placed tiles keep to
     limits = [1 + np.quantile(line, 0.98, method="higher") for line in sure[1:]]
-    found, confidence[kept], place[:, kept] = _assemble(len(kept), links, limits, 3.5)
-    neighbours[kept] = np.where(found >= 0, kept[found], -1)
-    return neighbours, confidence, place
+    return _assemble(n, links, limits, 3.5)
 
 
 def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
@@ -743,7 +743,7 @@ def to_cells(shares: np.ndarray) -> np.ndarray:
 
 
 def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: np.ndarray,
-                 place: np.ndarray, reach: float) -> np.ndarray:
+                 place: np.ndarray) -> np.ndarray:
     """Return what frames say of their tiles' cells: log-ratios of classes to their overall shares.
 
     By the labels of a frame's other tiles, and by the predictions of those whose label is not known. The
@@ -751,7 +751,7 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
 
     Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
     predicted; hidden, bool (N,), whose labels may not be seen; rare, bool (C,), classes that reach no further
-    than RARE_REACH; place, (3, T) of find_frames; reach of pool_frames.
+    than RARE_REACH; place, (3, T) of find_frames.
     Returns: float32 (T, 2, C, h, w), by labels and by predictions.
     """
     known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
@@ -764,7 +764,7 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
         pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)], 1)
         return np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
 
-    ratios = log_ratios(reach)
+    ratios = log_ratios(REACH)
     ratios[:, :, rare] = log_ratios(RARE_REACH)[:, :, rare]
     ratios[:, :, 0] = 0
     return ratios
@@ -785,7 +785,7 @@ def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_
     """Return what frames say of the training tiles, and each fold of the test tiles.
 
     For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
-    appears nowhere. Reach and strengths are the best out of fold.
+    appears nowhere. Strengths are the best out of fold.
 
     Args: probs, out of fold, in 1/255, uint8 (N, C, H, W); said, each fold's predicted shares of cells,
     (N + M, C, h, w), see frame_ratios; masks (N, H, W); fold_of (N,); place (3, N + M).
@@ -793,27 +793,20 @@ def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_
     n, scored = len(masks), fold_of >= 0
     truth = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1))
     rare = rare_classes(masks)
-    small, small_truth = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4]
-
-    def known(reach: float) -> np.ndarray:  # of one split, -1: no tile's own label is heard in any case
-        each = [frame_ratios(truth, said[fold], fold_of == fold, rare, place, reach)[:n]
-                for fold in range(len(said))]
-        return np.stack(each)[fold_of.clip(0), np.arange(n)]
-
-    before = iou_scores(confusion_matrix(small_truth, small[:, 1:].argmax(1) + 1))[0]
-    best, heard = (before, 6, (0.0, 0.0)), {reach: known(reach) for reach in (4, 6, 9)}
-    for reach, each in heard.items():
-        own = each[scored]
-        for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
-            pred = reweigh(small, own, np.float32(strengths), 1).argmax(1)
-            score = iou_scores(confusion_matrix(small_truth, pred))[0]
-            best = (score, reach, strengths) if score > best[0] else best  # equals: the weaker, found first
-    miou, reach, strengths = best
-    print(f"frames: of reach {reach} cells, strength of labels and predictions {strengths}: out of fold "
-          f"{before:.4f} → {miou:.4f} on a part of the pixels", flush=True)
+    each = [frame_ratios(truth, one, fold_of == k, rare, place)[:n].copy()
+            for k, one in enumerate(said)]
+    # of one split, -1: no tile's own label is heard in any case
+    known, scores = np.stack(each)[fold_of.clip(0), np.arange(n)], {}
+    small, small_truth, own = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4], known[scored]
+    for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
+        labels = reweigh(small, own, np.float32(strengths), 1)[:, 1:].argmax(1) + 1
+        scores[strengths] = iou_scores(confusion_matrix(small_truth, labels))[0]
+    best = max(scores, key=scores.get)  # of equals the weaker, which comes first
+    print(f"frames: strength of labels and predictions {best}: out of fold {scores[0, 0]:.4f} → "
+          f"{scores[best]:.4f} on a part of the pixels", flush=True)
     nothing = np.zeros(n, bool)  # is hidden
-    test = [frame_ratios(truth, one, nothing, rare, place, reach)[n:].copy() for one in said]
-    return Evidence(heard[reach], test, np.float32(strengths))
+    test = [frame_ratios(truth, one, nothing, rare, place)[n:].copy() for one in said]
+    return Evidence(known, test, np.float32(best))
 
 
 def reweigh(probs: np.ndarray, evidence: np.ndarray, strengths: np.ndarray, first_class: int) -> np.ndarray:
@@ -1102,32 +1095,50 @@ def iou_scores(confusion: np.ndarray, ignore_class: int | None = 0) -> tuple[flo
     return (float(np.nanmean(iou)) if union.any() else float("nan")), iou
 
 
-def decide(probs: np.ndarray, factors: np.ndarray, first_class: int) -> np.ndarray:
-    """Return labels uint8 (B, H, W), the class from first_class on of the largest probability times factor.
+def sure_parts(weak: np.ndarray, sure: np.ndarray) -> np.ndarray:
+    """Return the connected parts of weak, bool (N, H, W), that hold a sure pixel. Source: Canny 1986."""
+    touching = scipy.ndimage.generate_binary_structure(3, 1)
+    touching[[0, 2]] = False  # images do not touch
+    part = scipy.ndimage.label(weak, touching)[0]
+    return weak & np.isin(part, np.unique(part[weak & sure]))
 
-    Shape: probs (B, C, H, W), of any scale; factors float32 (C,).
+
+def decide(probs: np.ndarray, rule, first_class: int) -> np.ndarray:
+    """Return labels uint8 (B, H, W), the class from first_class on of the largest probability times factor.
+    A connected part of a class that nowhere has the least peak asked goes to the next likeliest.
+
+    Shape: probs (B, C, H, W), of any scale; rule (2, C): factors, and peaks as shares of all classes' sum.
     """
     labels = np.empty((len(probs), *probs.shape[2:]), np.uint8)
+    factors, peaks = np.float32(rule)
     for i in range(0, len(probs), 256):  # bounded memory: floats
-        part = probs[i:i + 256, first_class:] * factors[first_class:, None, None]
-        labels[i:i + 256] = part.argmax(1) + first_class
+        part = probs[i:i + 256].astype(np.float32)
+        whole = part.sum(1)
+        part *= factors[:, None, None]
+        part[:, :first_class] = -1
+        for c in [*np.flatnonzero(peaks)] * 2:  # what falls to another rare class is asked again
+            weak = part.argmax(1) == c
+            sure = part[:, c] >= factors[c] * peaks[c] * whole
+            part[:, c][weak & ~sure_parts(weak, sure)] = -1
+        labels[i:i + 256] = part.argmax(1)
     return labels
 
 
-def fit_factors(probs: np.ndarray, masks: np.ndarray) -> list[float]:
-    """Return the factors of decide, one a class, that give out-of-fold probs the best mean IoU: 1, but for
-    rare classes. Their IoU J is best where all pixels above about J / (1 + J) are taken, long before they are
-    the likeliest (for F1 that is Lipton et al. 2014). Shape: probs (N, C, H, W), masks (N, H, W).
+def fit_rule(probs: np.ndarray, masks: np.ndarray) -> list[list[float]]:
+    """Return the rule of decide that gives out-of-fold probs the best mean IoU: PLAIN, but for rare classes.
+
+    Their IoU J is best where all pixels above about J / (1 + J) are taken, long before they are the likeliest
+    (for F1 that is Lipton et al. 2014), in parts that somewhere are sure (what .8 gains: README).
+    Shape: probs (N, C, H, W), masks (N, H, W).
     """
-    factors = np.ones(NUM_CLASSES, np.float32)
-    probs, masks = probs[..., 2::4, 2::4], masks[:, 2::4, 2::4]
+    rule, (probs, masks) = np.array(PLAIN), (probs[..., 2::4, 2::4], masks[:, 2::4, 2::4])
     for rare in np.flatnonzero(rare_classes(masks)):
         scores = {}
-        for factor in (1, 0.5, 0.7, 1.4, 2, 2.8, 4):  # of equals the first
-            factors[rare] = factor
-            scores[factor] = iou_scores(confusion_matrix(masks, decide(probs, factors, 1)))[0]
-        factors[rare] = max(scores, key=scores.get)
-    return [round(factor, 1) for factor in factors.tolist()]
+        for peak, factor in itertools.product((0, 0.8), (1, 0.5, 0.7, 1.4, 2, 2.8, 4)):  # of equals the first
+            rule[:, rare] = factor, peak
+            scores[factor, peak] = iou_scores(confusion_matrix(masks, decide(probs, rule, 1)))[0]
+        rule[:, rare] = max(scores, key=scores.get)
+    return rule.tolist()
 
 
 def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, folds: int) -> dict:
@@ -1758,7 +1769,7 @@ def show_images(data: Data, labels: dict[str, np.ndarray], submitted: str, valid
     """Return a heading, the legend, and rows of pictures of validated images, as what each step said of them.
 
     Args: labels, each step's, uint8 (N, H, W); submitted, the step that decides best and worst; validated,
-    bool (N,); confidence of the last step, uint8 (N, H, W).
+    bool (N,); confidence of that step, uint8 (N, H, W).
     """
     parts = ["<h2>Validated images: best, median, worst, and with big rock</h2>"]
     parts += [f'<span><i style="background:rgb{tuple(color)}"></i>{name}</span> '
@@ -1784,8 +1795,8 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     """Write out/report.html, one file that needs no network.
 
     Args: metrics, what metrics.json holds; histories, (stage, net) → list of epochs; facts, anything to
-    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the last one's
-    confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
+    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the submitted
+    one's confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
     """
     stages = [*labels]
     columns = {"miou": "mean IoU (competition)", "fold_std": "± over folds", "ece": "calibration error",
@@ -1795,8 +1806,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     header = [*columns.values(), *CLASSES]
     parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
     if "test_miou" in metrics:
-        tests = ", ".join(f"{s} {metrics[key]:.4f}" for s in stages if (key := f"test_{s}_miou") in metrics)
-        parts.append(f"<p>Test labels were in the file: mean IoU of {tests}.</p>")
+        parts.append(f"<p>Test labels were in the file: mean IoU {metrics['test_miou']:.4f}.</p>")
     parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
     parts.append("<h2>Training</h2>")
     for stage in sorted({stage for stage, _ in histories}):

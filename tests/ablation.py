@@ -38,13 +38,12 @@ def main(argv: list[str]) -> dict[str, float]:
     for draw in range(3):
         places[f"at random places, draw {draw}"] = true.copy()
         places[f"at random places, draw {draw}"][:, placed] = true[:, rng.permutation(placed)]
-    metrics: dict = {}
-    solve.score(run, "stage 1", probs, metrics, run.folds)
+    solve.score(run, "stage 1", probs, run.folds)
     for name, run.place in places.items():
         frames = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
         own = lib.reweigh(probs, frames.known, frames.strengths, run.cfg.first_class)
-        solve.score(run, name, own, metrics, run.folds)
-    return {name: metrics[f"{name}_miou"] for name in ("stage 1", *places)}
+        solve.score(run, name, own, run.folds)
+    return {name: run.metrics[f"{name}_miou"] for name in ("stage 1", *places)}
 
 
 if __name__ == "__main__":

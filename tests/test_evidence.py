@@ -70,10 +70,10 @@ def test_evidence_counted_by_hand():
     """A known neighbour speaks in [:, 0], a guessed one in [:, 1]; nobody of a tile alone, of background, or
     of a rare class that is nowhere."""
     truth, said = cells(2, 1, 1), cells(2, 2, 2, 3)
-    ratios = lib.frame_ratios(truth, said, np.array([False, False, True]), RARE, PLACE, 5.0)
+    ratios = lib.frame_ratios(truth, said, np.array([False, False, True]), RARE, PLACE)
     assert ratios.shape == (4, 2, 5, 2, 4)
-    known = lib.pool_frames(cells(2, 1, 0, 0), PLACE, 5.0)[0]
-    guessed = lib.pool_frames(cells(0, 0, 2, 3), PLACE, 5.0)[0]
+    known = lib.pool_frames(cells(2, 1, 0, 0), PLACE, lib.REACH)[0]
+    guessed = lib.pool_frames(cells(0, 0, 2, 3), PLACE, lib.REACH)[0]
     base = np.array([0, 0.5, 0.5, 0, 0])[:, None, None] + 1e-6  # of the labels seen: one tile each
     for ratio, pooled in zip(ratios[0], (known, guessed), strict=True):
         expected = np.log((pooled + 0.02 * base) / ((pooled.sum(0) + 0.02) * base))
@@ -87,7 +87,7 @@ def test_a_rock_is_heard_of_across_the_border_only():
     """A neighbour to the right that is all rock makes rock likelier in the cells at that border by pooling
     within RARE_REACH, counted cell by cell, and less so in each cell further away."""
     truth, said = cells(1, 4, 1), cells(1, 4, 1, 1)
-    ratios = lib.frame_ratios(truth, said, np.zeros(3, bool), RARE, PLACE, 5.0)[0, 0, 4]
+    ratios = lib.frame_ratios(truth, said, np.zeros(3, bool), RARE, PLACE)[0, 0, 4]
     near = lib.pool_frames(cells(1, 4, 1, 0), PLACE, lib.RARE_REACH)[0]
     expected = np.log((near[4] + 0.02 / 3) / ((near.sum(0) + 0.02) / 3))
     np.testing.assert_allclose(ratios, expected, atol=1e-3)
@@ -100,9 +100,9 @@ def test_hidden_labels_are_not_heard():
     hidden = np.arange(len(truth)) % 5 == 0
     other = truth.copy()
     other[hidden] = np.roll(other[hidden], 1, 1)
-    before = lib.frame_ratios(truth, said, hidden, RARE, place, 5.0)
-    np.testing.assert_array_equal(before, lib.frame_ratios(other, said, hidden, RARE, place, 5.0))
-    shown = lib.frame_ratios(truth, said, np.zeros(len(truth), bool), RARE, place, 5.0)
+    before = lib.frame_ratios(truth, said, hidden, RARE, place)
+    np.testing.assert_array_equal(before, lib.frame_ratios(other, said, hidden, RARE, place))
+    shown = lib.frame_ratios(truth, said, np.zeros(len(truth), bool), RARE, place)
     assert not np.array_equal(before, shown)  # known labels do speak
 
 
@@ -110,15 +110,15 @@ def test_a_tile_says_nothing_of_itself():
     """Neither its own label nor its own prediction is part of a tile's evidence."""
     place, truth, said = draw()
     none = np.zeros(len(truth), bool)
-    before = lib.frame_ratios(truth, said, none, RARE, place, 5.0)
+    before = lib.frame_ratios(truth, said, none, RARE, place)
     last, other = said.copy(), truth.copy()
     last[-1] = np.roll(last[-1], 1, 0)  # a test tile's prediction
-    after = lib.frame_ratios(truth, last, none, RARE, place, 5.0)
+    after = lib.frame_ratios(truth, last, none, RARE, place)
     np.testing.assert_allclose(before[-1], after[-1], atol=1e-4)
     assert np.abs(before[-2, 1] - after[-2, 1]).max() > 0.1
     swap = next(i for i in range(6, 12) if not np.array_equal(truth[0], truth[i]))
     other[[0, swap]] = truth[[swap, 0]]  # two labels change places: the overall shares stay
-    after = lib.frame_ratios(other, said, none, RARE, place, 5.0)
+    after = lib.frame_ratios(other, said, none, RARE, place)
     np.testing.assert_allclose(before[0, 0], after[0, 0], atol=1e-4)
     assert np.abs(before[1, 0] - after[1, 0]).max() > 0.1
 
@@ -211,7 +211,7 @@ def test_frames_raise_the_score_without_training(runs):
     metrics, _ = runs["with"]
     assert metrics["submitted"] == "frames"
     assert metrics["frames_miou"] > metrics["stage1_miou"] + 0.2
-    assert metrics["test_miou"] == metrics["test_frames_miou"] > metrics["test_stage1_miou"] + 0.2
+    assert metrics["test_miou"] > runs["without"][0]["test_miou"] + 0.2
     shares = metrics["known_neighbours"]
     assert 0.2 < shares["validation"] < 0.4 and 0.5 < shares["test"] < 0.7
 
@@ -221,10 +221,9 @@ def test_the_second_stage_hears_the_frames(frames_npz, tmp_path, monkeypatch):
     hidden, whatever they are; of a test tile what they say to the same fold with all labels known."""
     views, real, given, find, count = [], solve.second_view, [], lib.frame_evidence, solve.score
 
-    def rising(run, name, probs, metrics, *rest):  # two epochs win nothing, and the test set must be asked
-        labels = count(run, name, probs, metrics, *rest)
-        metrics[f"{name}_miou"] = float(len(metrics))
-        return labels
+    def rising(run, name, *rest):  # two epochs win nothing, and the test set must be asked
+        count(run, name, *rest)
+        run.metrics[f"{name}_miou"] = float(len(run.metrics))
 
     monkeypatch.setattr(solve, "score", rising)
     monkeypatch.setattr(lib, "frame_evidence", lambda *args: given.extend((args, find(*args))) or given[1])
@@ -236,9 +235,8 @@ def test_the_second_stage_hears_the_frames(frames_npz, tmp_path, monkeypatch):
     assert train is frames.known and frames.strengths.any()
     truth = lib.to_cells(np.stack([masks == c for c in range(5)], 1))
     rare, own = lib.rare_classes(masks), fold_of == 1
-    heard = [lib.frame_ratios(np.where(own[:, None, None, None], 0, truth), said[1], own, rare, place, reach)
-             for reach in (4, 6, 9)]
-    assert any(np.array_equal(ratios[:len(own)][own], train[own]) for ratios in heard)
+    heard = lib.frame_ratios(np.where(own[:, None, None, None], 0, truth), said[1], own, rare, place)
+    np.testing.assert_array_equal(heard[:len(own)][own], train[own])
     assert len(test) == 2 and all(np.array_equal(*pair) for pair in zip(test, frames.test, strict=True))
     weight = lib.load_checkpoint(tmp_path / "out" / "state" / "stage2_fold0.pt")["best"]["encoder.0.0.weight"]
     assert weight.shape[1] == (1 + 4 + 1 + 2 * 4) * 4  # image, mask, confidence, evidence, of 2 × 2 pixels

@@ -284,7 +284,7 @@ def test_a_submission_whatever_fails_after_stage_1(argv, monkeypatch, error):
 def test_a_submission_whatever_fails_at_last(argv, monkeypatch, name, error):
     """And if both stages are there and what they say together cannot be had."""
     monkeypatch.setattr(solve, name, failing(getattr(solve, name), error, 1))
-    finished(argv, "stage 1 is submitted", "submitted: stage1")
+    finished(argv, "after stage 1: ", "submitted: stage1")
 
 
 def test_a_submission_if_one_network_fails(argv, monkeypatch):

@@ -113,18 +113,6 @@ def test_bright_frame_edges_do_not_glue_frames(solved):
     assert (found[::2, 3] < 0).all() and (found[1::2, 2] < 0).all()
 
 
-def test_excluded_tiles_never_link(solved):
-    """No link starts or ends at an excluded tile, and the others keep theirs."""
-    tiles, truth, *_ = solved
-    exclude = np.zeros(len(tiles), bool)
-    exclude[::5] = True
-    found, confidence, place = assemble_frames(tiles, exclude=exclude)
-    assert (found[exclude] < 0).all() and (confidence[exclude] == 0).all()
-    assert not np.isin(found, np.flatnonzero(exclude)).any()
-    assert ((found == truth) & (truth >= 0)).sum() > 0.5 * (truth >= 0).sum()
-    assert_consistent(found, place)
-
-
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_few_tiles(count):
     """No tile, one tile and two tiles are no error."""
@@ -141,8 +129,3 @@ def test_odd_sizes(size):
     assert_consistent(found, place)
     if min(size) < 16:
         assert (found < 0).all()
-
-
-def test_everything_excluded():
-    """Nothing left to link is no error."""
-    assert (find_neighbours(cut_frames(4, 1, 1)[0], exclude=np.ones(4, bool))[0] < 0).all()

@@ -144,11 +144,25 @@ def test_factors_take_the_unlikely_where_it_pays(share, taken):
     """Rock that is never the likeliest is taken where every second or third such pixel is rock, and the score
     rises; where it is one in fifty it is not; common classes keep their factor of 1."""
     probs, truth = noisy_rock(share)
-    factors = lib.fit_factors(probs, truth)
-    before, after = (lib.iou_scores(lib.confusion_matrix(truth, lib.decide(probs, np.float32(f), 1)))[0]
-                     for f in ([1] * 5, factors))
+    factors, peaks = rule = lib.fit_rule(probs, truth)
+    before, after = (lib.iou_scores(lib.confusion_matrix(truth, lib.decide(probs, r, 1)))[0]
+                     for r in (lib.PLAIN, rule))
     assert factors[:4] == [1] * 4 and (factors[4] > 1) == taken
+    assert peaks == [0] * 5  # no rock is ever likelier than 0.4 here: to ask for more would lose them all
     assert (after > before + 0.1) == taken and after >= before
+
+
+def test_peaks_are_asked_where_only_they_tell_rocks():
+    """Rocks of 0.4, 0.9, 0.4 among false ones of 0.6, 0.6: no factor tells them apart, the peak does."""
+    p, truth = np.full((64, 5, 1, 64), 0.001, np.float32), np.ones((64, 1, 64), np.uint8)
+    p[:, 4, 0, 8:11], p[:, 4, 0, 40:42] = (0.4, 0.9, 0.4), 0.6
+    truth[:24, 0, 8:11] = 4
+    p[24:, 4, 0, 8:11] = 0.001
+    p[:, 1] = 1 - p[:, 4]
+    probs, truth = (x.repeat(4, -2).repeat(4, -1) for x in (p, truth))
+    rule = lib.fit_rule(probs, truth)
+    assert rule[0][:4] == [1] * 4 and rule[0][4] > 1 and rule[1] == [0, 0, 0, 0, 0.8]
+    np.testing.assert_array_equal(lib.decide(probs, rule, 1), truth)
 
 
 def test_decide_in_parts_is_argmax():
@@ -157,7 +171,28 @@ def test_decide_in_parts_is_argmax():
     probs, factors = rng.integers(0, 256, (600, 5, 2, 3)).astype(np.uint8), np.float32([9, 1, 2, 0.5, 3])
     for first in (0, 1):
         want = (probs[:, first:] * factors[first:, None, None]).argmax(1) + first
-        np.testing.assert_array_equal(lib.decide(probs, factors, first), want)
+        np.testing.assert_array_equal(lib.decide(probs, (factors, [0] * 5), first), want)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_part_without_its_peak_goes_to_the_next_likeliest(scale):
+    """One row of rock 0.5, 0.6, 0.9 | soil | 0.6, 0.7, of any scale: with a peak of 0.8 the second rock is
+    sand, the next likeliest. The next image, whose rock is at the same pixels, does not lend its peak."""
+    rock = np.float32([[0.5, 0.6, 0.9, 0.1, 0.6, 0.7], [0.1, 0.1, 0.1, 0.1, 0.9, 0.9]])
+    probs = np.zeros((2, 5, 1, 6), np.float32)
+    probs[:, 4, 0], probs[:, 1, 0], probs[:, 3, 0] = rock, 0.2 * (1 - rock), 0.8 * (1 - rock)
+    probs[0, 1, 0, 3], probs[0, 3, 0, 3] = 0.9, 0
+    got = lib.decide(np.uint16(scale * 200 * probs), ([1] * 5, [0, 0, 0, 0, 0.8]), 1)
+    np.testing.assert_array_equal(got[:, 0], [[4, 4, 4, 1, 3, 3], [3, 3, 3, 3, 4, 4]])
+
+
+def test_a_factor_does_not_lower_the_peak():
+    """With a factor of 4 a rock of 0.3 grows from a peak of 0.8, and not without one."""
+    probs = np.zeros((1, 5, 1, 5), np.float32)
+    probs[0, 4, 0] = 0.3, 0.8, 0.1, 0.3, 0.3
+    probs[0, 1, 0] = 1 - probs[0, 4, 0]
+    got = lib.decide(probs, ([1, 1, 1, 1, 4], [0, 0, 0, 0, 0.8]), 1)
+    np.testing.assert_array_equal(got[0, 0], [4, 4, 1, 1, 1])
 
 
 # ------------------------------------------------------------------------------ calibration
