@@ -200,10 +200,7 @@ def load_data(path: str | Path) -> Data:
 
 
 def _check_shape(name: str, array: np.ndarray, wanted: tuple, least: int) -> None:
-    """Raise UserError if array hasn't the wanted sizes (a letter: any) and at least so many images.
-
-    Where another order of the axes would fit, the sentence gives it.
-    """
+    """Raise UserError if array hasn't the wanted sizes (a letter: any) and at least so many images."""
     orders = [axes for axes in itertools.permutations(range(len(wanted)))
               if array.ndim == len(wanted) and all(isinstance(size, str) or array.shape[axis] == size
                                                    for axis, size in zip(axes, wanted, strict=True))]
@@ -457,12 +454,9 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, witnesses: tuple[str, .
 
 
 def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: str, seed: int) -> None:
-    """Move the intruders from data.images to data.outlier_images; outliers.csv beside state says why.
-
-    Decided once: a run that goes on must train on the same images.
-    """
+    """Move the intruders from data.images to data.outlier_images; outliers.csv beside state says why."""
     file, start = state.parent / "outliers.csv", time.monotonic()
-    decided = read_json(state / "cleaned.json")
+    decided = read_json(state / "cleaned.json")  # once: a run that goes on trains on the same images
     if not decided:
         example = cv2.imread(template, cv2.IMREAD_GRAYSCALE) if template else None
         _refuse(f"--template {template}:",
@@ -641,9 +635,7 @@ def _assemble(n, links, limits, least, further=1.0):
         queue = waiting
     place = np.array([places[t] for t in range(n)], np.int32).T
     for line in place[1:]:
-        first = np.zeros_like(line)
-        np.minimum.at(first, place[0], line)
-        line -= first[place[0]]
+        line -= scipy.ndimage.minimum(line, place[0], place[0])  # each frame begins at 0
     placed = (neighbours >= 0).any(1)
     place[0, placed] = np.unique(place[0, placed], return_inverse=True)[1]
     place[0, ~placed] = -1
@@ -678,13 +670,10 @@ def assemble_frames(images, device="cpu"):
 
 
 def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone.
-
-    Decided once: a run that goes on, if on another device, must see the same frames.
-    """
+    """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone."""
     start, tiles = time.monotonic(), np.concatenate([data.images, data.test_images])
     found, of = load_checkpoint(state / "frames.pt"), hashlib.sha256(tiles).hexdigest()
-    if not isinstance(found, dict) or found.get("of") != of:
+    if not found or found.get("of") != of:  # once: a run that goes on elsewhere sees the same frames
         neighbours, _, place = assemble_frames(tiles, device)
         found = {"of": of, "neighbours": torch.from_numpy(neighbours), "place": torch.from_numpy(place)}
         save_checkpoint(state / "frames.pt", found)
@@ -697,12 +686,10 @@ def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarr
 def known_neighbours(neighbours: np.ndarray, fold_of: np.ndarray) -> dict[str, float]:
     """Return the share of neighbours found whose label may be seen, at validation and at test time."""
     folds = np.append(fold_of, np.full(len(neighbours) - len(fold_of), -2))  # -2: a test tile, no label
-    shares = {}
-    for name, tiles in (("validation", folds >= 0), ("test", folds == -2)):
-        tile, side = np.nonzero((neighbours >= 0) & tiles[:, None])
-        other = folds[neighbours[tile, side]]
-        shares[name] = float(np.sum((other != -2) & (other != folds[tile])) / max(1, len(tile)))
-    return shares
+    found, other = neighbours >= 0, folds[neighbours]
+    seen = found & (other != -2) & (other != folds[:, None])
+    return {name: float(seen[tiles].sum() / max(1, found[tiles].sum()))
+            for name, tiles in (("validation", folds >= 0), ("test", folds == -2))}
 
 
 def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -725,8 +712,7 @@ def pool_frames(cells: np.ndarray, place: np.ndarray, reach: float) -> np.ndarra
         return (np.exp(-apart / reach) * np.tanh(0.5 / reach)).astype(np.float32)
 
     canvas, inside, (_, _, h, w) = frame_canvas(cells, place), place[0] >= 0, cells.shape
-    shape = (*canvas.shape[:2], canvas.shape[2] * h, -1)
-    flat = canvas.reshape(shape)
+    flat = canvas.reshape(*canvas.shape[:2], canvas.shape[2] * h, -1)
     flat = weights(flat.shape[2], reach) @ flat @ weights(flat.shape[3], 2 * reach)
     frame, row, column = place[:, inside]
     pooled = np.zeros(cells.shape, np.float32)
@@ -744,15 +730,13 @@ def to_cells(shares: np.ndarray) -> np.ndarray:
 
 def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: np.ndarray,
                  place: np.ndarray) -> np.ndarray:
-    """Return what frames say of their tiles' cells: log-ratios of classes to their overall shares.
-
-    By the labels of a frame's other tiles, and by the predictions of those whose label is not known. The
-    overall shares count as a little ground nearby, so that few witnesses say little.
+    """Return what frames say of their tiles' cells, log-ratios of classes to their overall shares: by the
+    labels of a frame's other tiles, and by the predictions of those whose label is not known, float32
+    (T, 2, C, h, w). The overall shares count as a little ground nearby, so that few witnesses say little.
 
     Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
     predicted; hidden, bool (N,), whose labels may not be seen; rare, bool (C,), classes that reach no further
     than RARE_REACH; place, (3, T) of find_frames.
-    Returns: float32 (T, 2, C, h, w), by labels and by predictions.
     """
     known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
     known[seen], guessed[seen] = truth[seen], 0
@@ -854,14 +838,12 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
     """
     rng, n = np.random.default_rng(np.random.SeedSequence([seed, 7])), len(images)
     group = np.unique(images.reshape(n, -1), axis=0, return_inverse=True)[1].ravel()
-    if frame is not None:  # a graph of tiles, n groups of copies, and frames
-        inside = np.flatnonzero(frame >= 0)
-        ties = np.append(np.arange(n), inside), np.append(n + group, 2 * n + frame[inside])
-        graph = scipy.sparse.coo_matrix((np.ones(n + len(inside)), ties), 2 * (2 * n + frame.max() + 1,))
-        tied = scipy.sparse.csgraph.connected_components(graph, False)[1][:n]
-        group = np.unique(tied, return_inverse=True)[1]
-    counts = np.zeros((group.max() + 1, NUM_CLASSES), np.int64)
-    np.add.at(counts, group, np.stack([(masks == c).sum((1, 2)) for c in range(NUM_CLASSES)], 1))
+    if frame is not None:  # a graph of groups of copies and of frames; a tile alone is a frame too
+        frame = n + np.where(frame < 0, frame.max() + 1 + np.arange(n), frame)
+        graph = scipy.sparse.coo_matrix((np.ones(n), (group, frame)), 2 * (frame.max() + 1,))
+        tied = scipy.sparse.csgraph.connected_components(graph, False)[1]
+        group = pd.factorize(tied[group])[0]
+    counts = np.stack([np.bincount(group, (masks == c).sum((1, 2))) for c in range(NUM_CLASSES)], 1)
     if len(counts) < max(2, folds):
         what = "images" if frame is None else "frames; leave out --group-frames"
         raise UserError(f"--folds {folds}: the training set has only {len(counts)} different {what}")
@@ -870,9 +852,7 @@ def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
     order = order[np.argsort(stratum[order], kind="stable")]
     fold_of = np.empty(len(counts), np.int64)
     fold_of[order] = np.arange(len(order)) % (folds if folds > 1 else 7)
-    if folds == 1:
-        fold_of[fold_of > 0] = -1
-    return fold_of[group]
+    return np.where((folds == 1) & (fold_of > 0), -1, fold_of)[group]
 
 
 # ---------------------------------------------------------------------------------------- 5. augmentation
@@ -981,10 +961,9 @@ class UNet(nn.Module):
 
     def start_from(self, other: UNet) -> None:
         """Take over the weights of a network of fewer input channels; the others' weights start at 0."""
-        mine, weights = self.state_dict(), other.state_dict()
-        first = "encoder.0.0.weight"
-        extra = torch.zeros_like(mine[first][:, weights[first].shape[1]:])
-        self.load_state_dict(weights | {first: torch.cat([weights[first].to(extra), extra], 1)})
+        weights, first = other.state_dict(), "encoder.0.0.weight"
+        extra = self.encoder[0][0].in_channels - other.encoder[0][0].in_channels
+        self.load_state_dict(weights | {first: F.pad(weights[first], (0, 0, 0, 0, 0, extra))})
 
     @torch.no_grad()
     def silence(self, classes: torch.Tensor) -> None:
@@ -1041,7 +1020,7 @@ def deep_supervision_loss(logits: list[torch.Tensor], target: torch.Tensor, leve
 
 # ---------------------------------------------------------------------------------------- 8. morphology
 
-def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
+def clean_masks(masks: np.ndarray) -> np.ndarray:
     """Return masks (N, H, W), labels below 8, after opening, then closing, each class on its own.
 
     A pixel that its class's opening takes away goes to the one class whose closing claims it, and otherwise
@@ -1049,12 +1028,10 @@ def clean_masks(masks: np.ndarray, size: int = 3) -> np.ndarray:
     relabelling the classes only relabels the result (grey morphology depends on the numbering).
     """
     def morph(bits: np.ndarray, join: np.ufunc) -> np.ndarray:
-        """Join each pixel with its size × size neighbours: & erodes, | dilates, every class's bit at once."""
-        for axis in (1, 2) * (size // 2):
-            old, new = np.moveaxis(bits, axis, 0), np.moveaxis(bits := bits.copy(), axis, 0)
-            join(new[1:], old[:-1], out=new[1:])
-            join(new[:-1], old[1:], out=new[:-1])
-        return bits
+        """Join each pixel with its 3 × 3 neighbours: & erodes, | dilates, every class's bit at once."""
+        rows = np.pad(bits, ((0, 0), (1, 1), (1, 1)), "edge")  # a border met twice changes nothing
+        rows = join(join(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+        return join(join(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])
 
     out = np.empty_like(masks)
     for i in range(0, len(masks), 32):  # 32 masks of 64×128 stay in the cache
@@ -1100,7 +1077,7 @@ def sure_parts(weak: np.ndarray, sure: np.ndarray) -> np.ndarray:
     touching = scipy.ndimage.generate_binary_structure(3, 1)
     touching[[0, 2]] = False  # images do not touch
     part = scipy.ndimage.label(weak, touching)[0]
-    return weak & np.isin(part, np.unique(part[weak & sure]))
+    return weak & np.isin(part, part[weak & sure])
 
 
 def decide(probs: np.ndarray, rule, first_class: int) -> np.ndarray:
@@ -1188,10 +1165,7 @@ def is_path(value: str) -> bool:
 
 
 def parse_flags(config: type, argv: list[str], description: str) -> dict:
-    """Return field → value of the flags given in argv, for a dataclass whose flags are made by option().
-
-    A true-or-false field has the flag that turns it over. UserError names the flag nearest to an unknown one.
-    """
+    """Return field → value of the flags given in argv, for a dataclass whose flags are made by option()."""
     def complain(message: str):
         raise UserError(message + "; see --help")
 
@@ -1203,7 +1177,7 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
     for name, f in fields.items():
         section = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else section
         flag, kind = name.replace("_", "-"), {"type": type(f.default), "metavar": str(f.default) or "FILE"}
-        if isinstance(f.default, bool):
+        if isinstance(f.default, bool):  # the flag turns it over
             flag, kind = "no-" * f.default + flag, {"action": "store_const", "const": not f.default}
         section.add_argument("--" + flag, dest=name, help=f.metadata["help"], **kind)
     known = list(parser._option_string_actions)
@@ -1335,12 +1309,10 @@ class Clock:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move ema's weights and batch-norm statistics 1 - decay of the way to model's; decay 0 copies them.
-
-    The decay starts low, (1 + t) / (10 + t) after t steps: short runs must forget their random start.
-    """
+    """Move ema's weights and batch-norm statistics 1 - decay of the way to model's; decay 0 copies them."""
     averages, current = ([t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]
                          for net in (ema, model))
+    # at first less than decay: short runs must forget their random start
     torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + step) / (10 + step)))
 
 
@@ -1355,8 +1327,7 @@ def predict_probs(models: list[UNet], make_input, num_images: int, device: torch
     """
     for model in models:
         model.eval()
-    out = np.zeros((0, NUM_CLASSES, 1, 1), np.uint8)
-    i, batch_size = 0, batch_size or (64 if device.type == "cpu" else 1024)
+    out, i, batch_size = None, 0, batch_size or (64 if device.type == "cpu" else 1024)
     while i < num_images:
         try:
             x = make_input(slice(i, i + batch_size)).contiguous(memory_format=torch.channels_last)
@@ -1385,12 +1356,11 @@ class Progress:
 
     def show(self, epoch: int, record: dict[str, float], minutes: float) -> None:
         """Show an epoch's figures, and for how long the run has been at work."""
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in record.items())
+        figures = "".join(f"{key} {value:.4g}  " for key, value in record.items()) + f"used {minutes:.1f} min"
         if self.bar is None:
-            print(f"{self.title}  epoch {epoch}/{self.epochs}  {figures}  used {minutes:.1f} min",
-                  file=self.stream, flush=True)
+            print(f"{self.title}  epoch {epoch}/{self.epochs}  {figures}", file=self.stream, flush=True)
         else:
-            self.bar.set_postfix_str(f"{figures}  used {minutes:.1f} min", refresh=False)
+            self.bar.set_postfix_str(figures, refresh=False)
             self.bar.update()
 
     def close(self) -> None:
@@ -1476,16 +1446,13 @@ class Ranks:
             return
 
     def sum(self, array: np.ndarray) -> np.ndarray:
-        """Return the sum over processes of an array, of which each has filled its own part.
-
-        Open to signals while it waits; PeerLost if a process has ended.
-        """
+        """Return the sum over processes of an array that each has filled in part; PeerLost if one ended."""
         if self.world == 1:
             return array
         wide = array.astype(np.int32) if array.dtype == np.uint16 else array  # gloo has no uint16
         try:
             work = dist.all_reduce(torch.from_numpy(wide), async_op=True)
-            while not work.is_completed():
+            while not work.is_completed():  # open to signals
                 time.sleep(0.005)
             work.wait()
         except RuntimeError as e:
@@ -1498,9 +1465,7 @@ class Ranks:
 
     def gather(self, value: float) -> np.ndarray:
         """Return every process' value, (world,)."""
-        values = np.zeros(self.world)
-        values[self.rank] = value
-        return self.sum(values)
+        return self.sum(np.where(np.arange(self.world) == self.rank, value, 0.0))
 
     def share(self, path: Path, progress: int) -> None:
         """Give a file to all from the process that has got furthest with it; progress -1: I have none."""
@@ -1531,18 +1496,16 @@ def atomic_write(path: Path):
 
 
 def lock_folder(folder: Path):
-    """Return an open file: until it is closed, or the process dies, no other process can lock this folder.
-    None where locks are not to be had. UserError if another process holds it."""
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
+    """Return an open file: until it is closed, or the process dies, no other process can lock this folder,
+    if there are locks here at all. UserError if another process holds it."""
+    file = open(folder / "lock", "w")  # noqa: SIM115
+    with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems no locks
         import fcntl
-        file = open(folder / "lock", "w")  # noqa: SIM115
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
         except (BlockingIOError, PermissionError):
             raise UserError(f"another run works in {folder.parent}: wait, or use another --out") from None
-        except OSError:  # a file system without locks
-            return None
+    return file
 
 
 def read_json(path: Path) -> dict:
@@ -1620,16 +1583,13 @@ def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None
 
 
 def load_checkpoint(path: Path, log=print) -> dict | None:
-    """Return the state saved at path, or the one before it if this one is damaged, or None.
-
-    Nothing in a file is executed: first the checksum (most flipped bits load in silence), then weights_only.
-    """
+    """Return the state saved at path, or the one before it if this one is damaged, or None."""
     unreadable = pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError
     for candidate in path, path.with_name(path.name + ".prev"):
         with contextlib.suppress(FileNotFoundError):  # or moved by another process of this run
             raw = candidate.read_bytes()
-            if hashlib.sha256(raw[32:]).digest() == raw[:32]:
-                with contextlib.suppress(*unreadable):
+            if hashlib.sha256(raw[32:]).digest() == raw[:32]:  # most flipped bits would load in silence
+                with contextlib.suppress(*unreadable):  # with weights_only nothing in a file is executed
                     return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
             log(f"{candidate}: damaged; going on from the one before it, or from the start")
             candidate.rename(candidate.with_suffix(".damaged"))  # the next save must not keep it as .prev
@@ -1726,10 +1686,8 @@ def table(frame: pd.DataFrame) -> str:
 
 
 def curves(title: str, lines: dict[str, list[float]]) -> str:
-    """Return a drawing of lines by name, each with a hue of its own, over one scale.
-
-    Not by matplotlib: its import starts a process that lists fonts, and writes into the user's home.
-    """
+    """Return a drawing of lines by name, each with a hue of its own, over one scale."""
+    # not by matplotlib: its import starts a process that lists fonts, and writes into the user's home
     values = [value for line in lines.values() for value in line if np.isfinite(value)] or [0.0]
     low, high, shapes, names = min(values), max(values), "", ""
     most = max(map(len, lines.values()), default=0)
@@ -1798,13 +1756,12 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the submitted
     one's confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
     """
-    stages = [*labels]
     columns = {"miou": "mean IoU (competition)", "fold_std": "± over folds", "ece": "calibration error",
                "least_sure_errors": "errors in the least sure fifth",
                "paper_miou": "mean IoU (paper, with background)"}
-    scores = [[*(metrics[f"{s}_{name}"] for name in columns), *metrics[f"{s}_iou"]] for s in stages]
+    scores = [[*(metrics[f"{s}_{name}"] for name in columns), *metrics[f"{s}_iou"]] for s in labels]
     header = [*columns.values(), *CLASSES]
-    parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, stages, header, float))]
+    parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, [*labels], header, float))]
     if "test_miou" in metrics:
         parts.append(f"<p>Test labels were in the file: mean IoU {metrics['test_miou']:.4f}.</p>")
     parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
@@ -1815,7 +1772,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
             lines = {f"network {net}": [epoch[name] for epoch in nets[net]] for net in nets}
             parts.append(curves(f"stage {stage}, {title}, epoch by epoch", lines))
     parts.append("<h2>Confusion, rows sum to 1: truth down, prediction across</h2>")
-    for s in stages:
+    for s in labels:
         counts = pd.DataFrame(metrics[f"{s}_confusion"], CLASSES, CLASSES)
         parts.append(f"<h3>{s}</h3>" + table(counts.div(counts.sum(axis=1).clip(1), axis=0)))
     rows = metrics[f"{metrics['submitted']}_reliability"]

@@ -122,13 +122,12 @@ class Run:
     test_images: torch.Tensor   # uint8 (M, H, W), on the device; M may be 0
     masks: torch.Tensor         # int8 (N, H, W), on the device
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
-    loss_args: dict             # of lib.focal_loss
     ranks: lib.Ranks
     lock: object                # keeps other runs out of the folder as long as it lives
-    plan: dict = field(default_factory=dict)
+    plan: dict
+    neighbours: np.ndarray | None         # (N + M, 4) of training and test tiles
+    place: np.ndarray | None              # (3, N + M): their frame, row and column
     fold_of: np.ndarray | None = None
-    neighbours: np.ndarray | None = None  # (N + M, 4) of training and test tiles
-    place: np.ndarray | None = None       # (3, N + M): their frame, row and column
     evidence: lib.Evidence | None = None  # what the frames say
     metrics: dict = field(default_factory=dict)     # what metrics.json holds
     histories: dict = field(default_factory=dict)   # (stage, net) → list of epochs, for the report
@@ -143,17 +142,9 @@ class Run:
     def predict_seconds(self) -> float:
         return self.plan["predict_seconds"] * -(-self.folds // self.ranks.world) / self.folds
 
-    @property
-    def small_share(self) -> float:  # of less than 64 pixels half is too little: a 16th of it is nothing
-        return self.cfg.small_share * (min(self.images.shape[1:]) >= 64)
-
     def checkpoint(self, stage: int, net: int) -> Path:
         seed, fold = divmod(net, self.folds)
         return self.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
-
-    def title(self, stage: int, net: int) -> str:
-        seed, fold = divmod(net, self.folds)
-        return f"stage {stage}  fold {fold}{f'  seed {seed}' if self.plan['seeds'] > 1 else ''}"
 
     def mine(self, folds: int) -> range:
         """Return the folds for which this rank predicts."""
@@ -205,9 +196,8 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
         pick = donors[torch.randint(len(donors), (len(index),), device=run.device, generator=gen)]
         rare = torch.where(run.is_rare[targets[pick].clamp_min(0).int()], targets[pick], 0)
         x, y = lib.paste_rare(x, y, network_input(run, view, pick), rare, gen, view.paste)
-    x, y = lib.flip(x, y, -1, gen)
-    if cfg.flip_vertical:
-        x, y = lib.flip(x, y, -2, gen)
+    for dim in (-1, -2) if cfg.flip_vertical else (-1,):
+        x, y = lib.flip(x, y, dim, gen)
     if cfg.geometric:
         x, y = lib.affine(x, y, gen, *cfg.geometric)
     if cfg.light:
@@ -257,7 +247,7 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
         with lib.autocast(run.device, run.dtype):
             logits = model(x)
         target = (y.long() - cfg.first_class).clamp_min(-1)  # below the first class learnt: ignored
-        loss = lib.deep_supervision_loss(logits, target, cfg.level_weights, **run.loss_args)
+        loss = lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma, alpha=cfg.alpha)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -283,18 +273,24 @@ def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Te
             x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
             logits = model(x)[0]
         target = (y - run.cfg.first_class).clamp_min(-1)
-        loss += lib.focal_loss(logits, target, **run.loss_args) * len(part)
+        loss += lib.focal_loss(logits, target, gamma=run.cfg.gamma, alpha=run.cfg.alpha) * len(part)
         pair = y * NUM_CLASSES + logits.argmax(1) + run.cfg.first_class
         confusion += torch.bincount(pair[y >= 0], minlength=NUM_CLASSES ** 2)
     confusion = confusion.reshape(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
     return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion)[0]}
 
 
-def resume(run: Run, stage: int, net: int, view: View, parent: lib.UNet | None) -> tuple[dict, dict | None]:
-    """Return new_training's parts as the last epoch left them, and its checkpoint or None."""
+def resume(run: Run, stage: int, net: int, view: View, parent: lib.UNet | None,
+           deadline: float) -> tuple[dict, dict]:
+    """Return new_training's parts as the last epoch left them, and the network's state: its checkpoint, or
+    that of no epoch yet, with as many planned as there is time for."""
     parts = new_training(run, stage, net, network_input(run, view, slice(1)).shape[1], parent)
     state = lib.load_checkpoint(run.checkpoint(stage, net))
-    if state and not state["finished"]:
+    if state is None:
+        affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
+        state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
+                 "best": None, "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
+    elif not state["finished"]:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
     return parts, state
@@ -331,13 +327,6 @@ def halved(run: Run, view: View, targets: torch.Tensor) -> tuple[View, torch.Ten
     return View(images, paste=run.cfg.paste), targets[:, ::2, ::2]
 
 
-def first_state(run: Run, stage: int, deadline: float) -> dict:
-    """Return the state of a network that has no epoch yet, with as many planned as there is time for."""
-    affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
-    return {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [], "best": None,
-            "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
-
-
 def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadline: float,
         parent: lib.UNet | None = None) -> lib.UNet:
     """Train one network of either stage, or go on with it, and return it with its best weights.
@@ -351,17 +340,16 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
     cooldown = cfg.cooldown if parent is None else 1.0  # what goes on must not forget
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
     sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    parts, state = resume(run, stage, net, view, parent)
-    if state is None:
-        state = first_state(run, stage, deadline)
-        if parent is not None:
-            state["best"] = copy.deepcopy(parts["ema"].state_dict())
-            state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
+    parts, state = resume(run, stage, net, view, parent, deadline)
+    if parent is not None and state["best"] is None:
+        state["best"] = copy.deepcopy(parts["ema"].state_dict())
+        state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, net] = state["history"]
-    progress = lib.Progress(run.title(stage, net), state["epochs"], len(history), run.ranks.stdout)
+    title = f"stage {stage}  fold {fold}{f'  seed {net // run.folds}' if run.plan['seeds'] > 1 else ''}"
+    progress = lib.Progress(title, state["epochs"], len(history), run.ranks.stdout)
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
-        rate, small = group["lr"], stage == 1 and epoch <= int(run.small_share * state["epochs"])
+        rate, small = group["lr"], stage == 1 and epoch <= int(cfg.small_share * state["epochs"])
         if cooldown:
             group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cooldown * state["epochs"]))
         seen = halved(run, view, targets) if small else (view, targets)
@@ -377,18 +365,16 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
                 save(run, run.checkpoint(stage, net), parts, state)
                 break
             print(f"{record}; again from the last good one, at half the rate", flush=True)
-            parts = resume(run, stage, net, view, parent)[0]
+            parts = resume(run, stage, net, view, parent, deadline)[0]
             parts["optimizer"].param_groups[0]["lr"] = rate / 2
             continue
         record["lr"], group["lr"] = group["lr"], rate
         figure = sign * record[chosen] if np.isfinite(record[chosen]) else -1.0  # nothing labelled here
-        if small:
-            figure = -float("inf")  # it says nothing of images of full size: the next one is better
-        else:
+        if not small:
             parts["scheduler"].step(figure)
-        if small or state["best"] is None or figure > state["best_figure"]:
-            best = copy.deepcopy(parts["ema"].state_dict())
-            state |= {"best": best, "best_figure": figure, "best_epoch": epoch}
+        if small or figure > state["best_figure"]:
+            state |= {"best": copy.deepcopy(parts["ema"].state_dict()), "best_epoch": epoch,
+                      "best_figure": -float("inf") if small else figure}  # of whole images any is better
         record["seconds"] = time.monotonic() - start
         history.append(record)
         state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
@@ -449,14 +435,13 @@ def make_plan(run: Run) -> dict:
         seeds += 1
     epoch_seconds, predict_seconds, epochs = cost(folds, seeds, speed)
     epochs = max(2, min(epochs, most))
-    first = cfg.epochs or (min(epochs - 1, round(0.8 * epochs)) if cfg.stages == 2 else epochs)
+    first = min(epochs - 1, round(0.8 * epochs)) if cfg.stages == 2 else epochs
     ratio = 1.15 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
     second = (cfg.epochs or round((epochs - first) / ratio)) if cfg.stages == 2 else 0
-    small = 1 - 0.7 * run.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
-    first = cfg.epochs or round(first / small)
-    return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "epochs": [first, second],
-            "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds],
-            "predict_seconds": predict_seconds, "train_images_per_second": speed,
+    small = 1 - 0.7 * cfg.small_share  # an epoch of small images takes 0.3 of another's time, on a CPU
+    return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "predict_seconds": predict_seconds,
+            "epochs": [cfg.epochs or round(first / small), second],
+            "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds], "train_images_per_second": speed,
             "precision": str(run.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
 
 
@@ -538,21 +523,16 @@ def predicted_cells(run: Run, first: list[list[lib.UNet]], probs: np.ndarray) ->
     ours = lib.to_cells(probs) / 255
     cells = np.zeros((run.folds, len(ours) + len(run.test_images), *ours.shape[1:]), np.float32)
     for fold in run.mine(run.folds):
-        cells[fold, :len(ours)], start = ours, len(ours)
-        for part in run.test_images.split(500) if len(run.test_images) else ():  # bounded memory
-            said = predict(run, first[fold], View(part), tta=False)
-            cells[fold, start:start + len(part)] = lib.to_cells(said) / 255
-            start += len(part)
+        cells[fold, :len(ours)] = ours
+        for start in range(0, len(run.test_images), 500):  # bounded memory
+            said = predict(run, first[fold], View(run.test_images[start:start + 500]), tta=False)
+            cells[fold, len(ours) + start:][:len(said)] = lib.to_cells(said) / 255
     return run.ranks.sum(cells)
 
 
-def final_masks(run: Run, probs: np.ndarray, rule=lib.PLAIN, first: np.ndarray | None = None) -> np.ndarray:
-    """Return cleaned labels (N, H, W) of probabilities (N, C, H, W) of any scale, by a rule of lib.decide; in
-    the paper's second stage only where first, stage 1's labels, are background."""
-    labels = lib.decide(probs, rule, run.cfg.first_class)
-    if first is not None and run.cfg.refine == "background":
-        labels = np.where(first == 0, labels, first)
-    return lib.clean_masks(labels)
+def final_masks(run: Run, probs: np.ndarray, rule=lib.PLAIN) -> np.ndarray:
+    """Return cleaned labels (N, H, W) of probabilities (N, C, H, W) of any scale, by a rule of lib.decide."""
+    return lib.clean_masks(lib.decide(probs, rule, run.cfg.first_class))
 
 
 def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, evidence: np.ndarray | None) -> View:
@@ -567,36 +547,32 @@ def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, evidence: np.
     return View(images, paste, cleaned, confidence, evidence)
 
 
-def keep_rare(run: Run, before: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Return stage 2's probs; those of rare classes as before, where stage 2 corrects the others alone."""
+def keep_first(run: Run, view: View, before: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return stage 2's probs of view; as before stay rare classes or, as published, all but background."""
     if run.cfg.refine == "background":
-        return probs
+        return np.where(view.cleaned.cpu().numpy()[:, None] == 0, probs, before)
     return lib.keep_classes(before, probs, run.is_rare.cpu().numpy())
 
 
 def predict_test(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evidence | None,
                  part: slice) -> np.ndarray:
-    """Return stage 1's and the last step's probabilities of a part of the test images, summed over folds,
-    uint16 (2, B, C, H, W). Each step starts from what the same fold's networks said before."""
+    """Return the last step's probabilities of a part of the test images, summed over folds, uint16
+    (B, C, H, W). Each step starts from what the same fold's networks said before."""
     images = run.test_images[part]
-    sums = np.zeros((2, len(images), NUM_CLASSES, *images.shape[1:]), np.uint16)
+    sums = np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16)
     for fold in run.mine(len(stages[0])):
         probs, evidence = predict(run, stages[0][fold], View(images)), None
-        sums[0] += probs
         if frames:
             evidence = frames.test[fold][part]
             probs = lib.reweigh(probs, evidence, frames.strengths, run.cfg.first_class)
         if len(stages) == 2:
             view = second_view(run, images, probs, evidence)
-            probs = keep_rare(run, probs, predict(run, stages[1][fold], view))
-        sums[1] += probs
+            probs = keep_first(run, view, probs, predict(run, stages[1][fold], view))
+        sums += probs
     return run.ranks.sum(sums)
 
 
 # ---------------------------------------------------------------------------------------- the whole run
-
-SAMPLE_HOURS = 0.07  # the embedded sample is a demonstration: 4 minutes, unless --max-hours says otherwise
-
 
 def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     """Return the run that cfg describes, new or gone on with: data loaded and cleaned, the plan made."""
@@ -604,12 +580,14 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     data = lib.load_data(cfg.data)
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}, drawn: put mars_for_students.npz beside it")
-        if cfg.max_hours == Config.max_hours:
-            cfg = dataclasses.replace(cfg, max_hours=SAMPLE_HOURS)
+        if cfg.max_hours == Config.max_hours:  # a demonstration: 4 minutes, unless the flag says otherwise
+            cfg = dataclasses.replace(cfg, max_hours=0.07)
     identity = {"data_sha256": data.sha256, **dataclasses.asdict(cfg)}
     for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
         del identity[key]
     state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh, ranks)
+    if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
+        cfg = dataclasses.replace(cfg, small_share=0.0)
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
     clock.before = float(ranks.gather(clock.before).max())
     print("\n".join(lib.describe(data)), flush=True)
@@ -629,13 +607,12 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
               torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
-              is_rare, {"gamma": cfg.gamma, "alpha": cfg.alpha}, ranks, lock)
+              is_rare, ranks, lock, plan, neighbours, place)
     if not plan:
-        plan = make_plan(run)
+        plan = run.plan = make_plan(run)
         lib.write_json(state / "plan.json", plan)
     if ranks.rank == 0:
         share_decisions(ranks, state)
-    run.plan, run.neighbours, run.place = plan, neighbours, place
     frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
     rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)
@@ -670,15 +647,14 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, end: float)
     if run.cfg.stages == 1:
         return []
     view = second_view(run, run.images, probs, run.evidence and run.evidence.known)
+    ignored, parents = run.is_rare[run.masks.int()], first
     if run.cfg.refine == "background":
-        second = train_stage(run, 2, view, torch.where(view.cleaned == 0, run.masks, -1), end)
-    else:
-        common = torch.where(run.is_rare[run.masks.clamp_min(0).int()], -1, run.masks)
-        second = train_stage(run, 2, view, common, end, first)
+        ignored, parents = view.cleaned != 0, None
+    second = train_stage(run, 2, view, torch.where(ignored, -1, run.masks), end, parents)
     if len(second) < run.folds:
         print("stage 2: not all folds have one; going on without", flush=True)
     else:
-        score(run, "stage2", keep_rare(run, probs, out_of_fold(run, second, view)), run.folds)
+        score(run, "stage2", keep_first(run, view, probs, out_of_fold(run, second, view)), run.folds)
     return second
 
 
@@ -691,7 +667,7 @@ def solve(cfg: Config, ranks: lib.Ranks | None = None) -> dict:
     run.metrics |= {"recipe": cfg.recipe,
                     **{key: run.plan[key] for key in ("folds", "seeds", "width", "epochs", "precision")}}
     # after small images with patches come whole ones as they are: that is what will be predicted
-    view = View(run.images, paste=0.0 if run.small_share else cfg.paste)
+    view = View(run.images, paste=0.0 if run.cfg.small_share else cfg.paste)
     stages = [train_stage(run, 1, view, run.masks, used + (end - used) * work[0] / sum(work))]
     if not stages[0]:
         raise UserError("no first network was finished on all processes; the same command tries again")
@@ -740,18 +716,16 @@ def score(run: Run, name: str, probs: np.ndarray, folds: int) -> None:
     submission that of all folds.
     """
     masks, best = run.data.masks, {}
-    tries = [(lib.PLAIN, [lib.PLAIN] * folds)]  # rules of the submission, and of each fold
+    tries = [[lib.PLAIN] * (1 + folds)]  # rules of the submission, and of each fold
     trained = np.isin(run.fold_of, range(folds))
     if run.cfg.fit_rare and folds > 1:
         parts = [trained, *(trained & (run.fold_of != fold) for fold in range(folds))]
-        fitted = [lib.fit_rule(probs[part], masks[part]) for part in parts]
-        tries.append((fitted[0], fitted[1:]))
-    for rule, each in tries:
+        tries.append([lib.fit_rule(probs[part], masks[part]) for part in parts])
+    for rule, *each in tries:
         labels = np.zeros_like(masks)
         for fold in range(folds):
             own = run.fold_of == fold
-            first = run.labels["stage1"][own] if name == "stage2" else None
-            labels[own] = final_masks(run, probs[own], each[fold], first)
+            labels[own] = final_masks(run, probs[own], each[fold])
         result = lib.fold_scores(masks, labels, run.fold_of, folds) | {"rule": rule}
         if not best or result["miou"] > best["miou"]:
             chosen, best = labels, result
@@ -766,22 +740,18 @@ def write_outputs(run: Run, stages: list[list[list[lib.UNet]]]) -> np.ndarray | 
     """Choose the step to submit, predict the test set, write submission.csv and its zip, read it back, score
     it if labels are known; return the labels submitted, uint8 (M, H, W), or None without a test set."""
     metrics, file, parts, sure = run.metrics, run.state.parent / "submission.csv", [], []
-    submitted = max(run.labels, key=lambda name: metrics[f"{name}_miou"])
-    if run.cfg.refine == "background":
-        submitted = [*run.labels][-1]  # as published: the last
-    metrics["submitted"] = submitted
+    steps = [*run.labels] if run.cfg.refine == "correct" else [*run.labels][-1:]  # as published: the last
+    submitted = metrics["submitted"] = max(steps, key=lambda name: metrics[f"{name}_miou"])
     if not len(run.test_images):
         return None
     needed = stages if submitted == "stage2" else stages[:1]
     frames = None if submitted == "stage1" else run.evidence
     for start in range(0, len(run.test_images), 500):  # bounded memory
-        first, last = predict_test(run, needed, frames, slice(start, start + 500))
+        sums = predict_test(run, needed, frames, slice(start, start + 500))
         if run.ranks.rank:
             continue  # one writes
-        published = submitted == "stage2" and run.cfg.refine == "background"
-        before = final_masks(run, first, metrics["stage1_rule"]) if published else None
-        parts.append(final_masks(run, last, metrics[f"{submitted}_rule"], before))
-        sure.append(last.max(1).mean((1, 2)) / (255 * len(stages[0])))
+        parts.append(final_masks(run, sums, metrics[f"{submitted}_rule"]))
+        sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
     if run.ranks.rank:
         return None
     labels = np.concatenate(parts)
@@ -804,7 +774,9 @@ def main(argv: list[str]) -> int:
     before = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="replace")  # an ASCII terminal gets ? for ± instead of a crash
+            # an ASCII terminal gets ? for ± instead of a crash; torchrun's processes share one pipe without
+            # a buffer, where a line written in two parts could be cut by another's
+            stream.reconfigure(errors="replace", line_buffering=True, write_through=False)
     with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

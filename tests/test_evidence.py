@@ -242,6 +242,23 @@ def test_the_second_stage_hears_the_frames(frames_npz, tmp_path, monkeypatch):
     assert weight.shape[1] == (1 + 4 + 1 + 2 * 4) * 4  # image, mask, confidence, evidence, of 2 × 2 pixels
 
 
+def test_frames_stay_if_the_second_stage_fails(frames_npz, tmp_path, monkeypatch, capsys):
+    """Memory that runs out while stage 2 is scored costs stage 2 alone: the frames' evidence is submitted."""
+    calls, real = [], lib.calibration
+
+    def third_fails(*args):  # of stage 1, frames, stage 2
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("no")
+        return real(*args)
+
+    monkeypatch.setattr(lib, "calibration", third_fails)
+    at = ARGS.index("--stages")
+    argv = ["--data", str(frames_npz), "--out", str(tmp_path / "out"), *ARGS[:at], *ARGS[at + 2:]]
+    assert solve.main(argv) == 0
+    assert "going on without" in (printed := capsys.readouterr().out) and "submitted: frames" in printed
+
+
 def test_without_frames_nothing_breaks(runs):
     """--no-frames submits the tiles as they are; the first stage is the same to the last bit."""
     metrics, _ = runs["without"]

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+import lib
 from lib import assemble_frames, find_neighbours
 
 STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
@@ -53,6 +54,15 @@ def assert_consistent(neighbours, place):
         b = neighbours[a, side]
         assert (frame[a] == frame[b]).all()
         assert (row[a] + dr == row[b]).all() and (column[a] + dc == column[b]).all()
+
+
+def test_a_frame_is_not_joined_to_itself():
+    """Two tiles side by side, and a link that says the second lies below the first as well: it is ignored."""
+    unlisted = np.full((2, 2), -2.5)
+    right, below = ((np.array([0]), np.array([1]), np.array([odds]), unlisted, 0.0) for odds in (12.0, 11.0))
+    neighbours, _, place = lib._assemble(2, [right, below], (8, 8), 3.5)
+    assert_consistent(neighbours, place)
+    assert neighbours.tolist() == [[1, -1, -1, -1], [-1, 0, -1, -1]]
 
 
 def test_shuffled_frames_are_put_back(solved):

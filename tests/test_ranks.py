@@ -1,4 +1,5 @@
 """Several processes: the same answer, as torchrun starts them, and no process that waits for a dead one."""
+import io
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 from conftest import ROOT, tiny_arrays
 
 import lib
+import solve
 
 TWO_SEEDS = ["--folds", "3", "--seeds", "2", "--epochs", "2", "--width", "4", "--lr", "0.02", "--no-clean",
              "--device", "cpu", "--precision", "float32"]
@@ -89,6 +91,23 @@ def test_the_answer_does_not_depend_on_the_number_of_processes(tmp_path, data, a
         lines = re.findall(rf"^stage {stage}  fold (\d)  seed (\d)  epoch 2/2", printed, re.M)
         assert sorted(lines) == [(f, s) for f in "012" for s in "01"]
     assert printed.count("submission: ") == 1
+
+
+def test_a_line_is_one_write(monkeypatch):
+    """torchrun's processes write into one pipe without a buffer: a line goes there whole, end and all."""
+    class Pipe(io.RawIOBase):
+        parts = []
+
+        def writable(self):
+            return True
+
+        def write(self, part):
+            self.parts.append(bytes(part))
+            return len(part)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(Pipe(), write_through=True))
+    assert solve.main(["--nosuch"]) == 2
+    assert len(Pipe.parts) == 1 and Pipe.parts[0].endswith(b"\n")
 
 
 def test_two_nodes_without_a_common_folder(tmp_path, data, alone):
