@@ -40,6 +40,7 @@ import signal
 import sys
 import threading
 import time
+import timeit
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -135,16 +136,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             most = min(MAX_BYTES, max(64 << 20, 250 * packed))  # real tiles pack 2 to 20 times
             _refuse(f"{path}:", (unpacked > most, f"{packed} bytes would unpack to {unpacked}: refused"))
             for name, info in members.items():
-                with archive.open(info) as member:
-                    shape, fortran, dtype = headers[np.lib.format.read_magic(member)](member)
-                    claimed, size = math.prod(shape) * dtype.itemsize, info.file_size - member.tell()
+                with archive.open(info) as f:
+                    shape, fortran, dtype = headers[np.lib.format.read_magic(f)](f)
+                    claimed, size = math.prod(shape) * dtype.itemsize, info.file_size - f.tell()
                     _refuse(f"{path}: {name}",
                             (dtype.hasobject or (name in KEYS and dtype.kind not in "biuf"),
                              f"is {dtype}, not numbers; pickled objects can run code: they are never loaded"),
                             (claimed != size, f"claims {claimed} bytes, has {size}: damaged, fetch it again"))
                     if name in KEYS:
-                        order = "F" if fortran else "C"
-                        arrays[name] = np.ndarray(shape, dtype, member.read(size), order=order)
+                        arrays[name] = np.ndarray(shape, dtype, f.read(size), order="F" if fortran else "C")
         _refuse(f"{path}:", ("training_set" not in arrays, "key training_set is missing (found "
                              f"{', '.join(members) or 'none'}; expected training_set and test_set)"))
         return arrays
@@ -249,9 +249,8 @@ def _to_uint8(path: Path, arrays: dict[str, np.ndarray], notes: list[str]) -> li
 def fingerprint(data: Data) -> dict:
     """Return what identifies and describes the data; pixel_share and images_holding have a value a class."""
     return {"file": data.path.name, "sha256": data.sha256, "train_images": len(data.images),
-            "test_images": len(data.test_images),
-            "image_height": data.images.shape[1], "image_width": data.images.shape[2],
-            "range": [int(data.images.min()), int(data.images.max())],
+            "test_images": len(data.test_images), "image_height": data.images.shape[1],
+            "image_width": data.images.shape[2], "range": [int(data.images.min()), int(data.images.max())],
             "pixel_share": [round(float((data.masks == c).mean()), 5) for c in range(NUM_CLASSES)],
             "images_holding": [int((data.masks == c).any((1, 2)).sum()) for c in range(NUM_CLASSES)]}
 
@@ -593,10 +592,9 @@ def _links(tiles, vertical):
 def _assemble(n, links, limits, least, further=1.0):
     """Neighbours, confidence, (N, 4), and place, (3, N), as assemble_frames returns them.
 
-    Frames of up to `limits` (rows, columns) are joined, surest link first.
-
-    A join's log-odds, the prior plus the log-ratios of all borders that come to touch, are at least `least`;
-    those that fit count `further` beside the best: two frames of one light fit in several rows at once.
+    Frames of up to `limits` (rows, columns) are joined, surest link first. A join's log-odds, the prior plus
+    the log-ratios of all borders that come to touch, are at least `least`; those that fit count `further`
+    beside the best: two frames of one light fit in several rows at once.
     """
     guess = math.log(2 * n)  # a pair's prior odds in the scorer's fit are 1 : 2n
     ratios = [dict(zip((i * n + j).tolist(), (x + guess).tolist(), strict=True)) for i, j, x, *_ in links]
@@ -664,7 +662,7 @@ def assemble_frames(images, device="cpu"):
     tiles = torch.from_numpy(images).to(device)
     links = [_links(tiles, vertical) for vertical in (False, True)]
     sure = _assemble(n, links, (8, 8), 6, 0.5)[2]
-    # a frame's extent is what 98 % of the surely placed tiles keep to
+    # a frame's extent is what 98 % of the tiles keep to, each that is not surely placed a frame of its own
     limits = [1 + np.quantile(line, 0.98, method="higher") for line in sure[1:]]
     return _assemble(n, links, limits, 3.5)
 
@@ -740,28 +738,25 @@ def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: 
     """
     known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
     known[seen], guessed[seen] = truth[seen], 0
-    known[:, 0], guessed[:, 0] = 0, 0
+    known[:, 0] = guessed[:, 0] = 0
     base = known.sum((0, 2, 3))[:, None, None]
     base = base / max(base.sum(), 1) + 1e-6
-
-    def log_ratios(reach: float) -> np.ndarray:
+    ratios = np.zeros((len(said), 2, *said.shape[1:]), np.float32)
+    for reach, classes in ((REACH, ~rare), (RARE_REACH, rare)):
         pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)], 1)
-        return np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
-
-    ratios = log_ratios(REACH)
-    ratios[:, :, rare] = log_ratios(RARE_REACH)[:, :, rare]
+        heard = np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
+        ratios[:, :, classes] = heard[:, :, classes]
     ratios[:, :, 0] = 0
     return ratios
 
 
 @dataclass
 class Evidence:
-    """What frames say of their tiles' cells, log-ratios float32 (·, 2, C, h, w) of frame_ratios, and how much
-    of it to believe without any training."""
+    """What frames say of their tiles' cells: log-ratios of frame_ratios, float32 (·, 2, C, h, w)."""
 
     known: np.ndarray       # (N, …) of the training tiles, the labels of each one's fold hidden
     test: list[np.ndarray]  # each fold's (M, …) of the test tiles, for which all labels are known
-    strengths: np.ndarray   # (2,), zeros where nothing helps
+    strengths: np.ndarray   # (2,), how much to believe without any training; zeros where nothing helps
 
 
 def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_of: np.ndarray,
@@ -775,10 +770,8 @@ def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_
     (N + M, C, h, w), see frame_ratios; masks (N, H, W); fold_of (N,); place (3, N + M).
     """
     n, scored = len(masks), fold_of >= 0
-    truth = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1))
-    rare = rare_classes(masks)
-    each = [frame_ratios(truth, one, fold_of == k, rare, place)[:n].copy()
-            for k, one in enumerate(said)]
+    truth, rare = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1)), rare_classes(masks)
+    each = [frame_ratios(truth, one, fold_of == k, rare, place)[:n].copy() for k, one in enumerate(said)]
     # of one split, -1: no tile's own label is heard in any case
     known, scores = np.stack(each)[fold_of.clip(0), np.arange(n)], {}
     small, small_truth, own = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4], known[scored]
@@ -788,8 +781,7 @@ def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_
     best = max(scores, key=scores.get)  # of equals the weaker, which comes first
     print(f"frames: strength of labels and predictions {best}: out of fold {scores[0, 0]:.4f} → "
           f"{scores[best]:.4f} on a part of the pixels", flush=True)
-    nothing = np.zeros(n, bool)  # is hidden
-    test = [frame_ratios(truth, one, nothing, rare, place)[n:].copy() for one in said]
+    test = [frame_ratios(truth, one, np.zeros(n, bool), rare, place)[n:].copy() for one in said]
     return Evidence(known, test, np.float32(best))
 
 
@@ -1124,7 +1116,7 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
     miou, iou = iou_scores(sum(each))
     mious = [iou_scores(one)[0] for one in each]
     return {"miou": miou, "iou": iou.tolist(), "paper_miou": iou_scores(sum(each), None)[0],
-            "fold_miou": mious, "fold_std": float(np.std(mious)), "confusion": sum(each).tolist()}
+            "fold_miou": mious, "fold_std": float(np.nanstd(mious)), "confusion": sum(each).tolist()}
 
 
 def calibration(probs: np.ndarray, truth: np.ndarray) -> dict:
@@ -1158,10 +1150,8 @@ def option(default, text: str, valid=lambda value: isinstance(value, str) or 0 <
 
 
 def is_path(value: str) -> bool:
-    """Return whether value can be the path of a file or folder."""
-    with contextlib.suppress(RuntimeError):  # ~nosuchuser
-        return bool(value) and "\0" not in value and bool(Path(value).expanduser())
-    return False
+    """Return whether value can be the path of a file or folder; none is below ~nosuchuser."""
+    return bool(value) and "\0" not in value and not os.path.expanduser(Path(value)).startswith("~")
 
 
 def parse_flags(config: type, argv: list[str], description: str) -> dict:
@@ -1188,7 +1178,8 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if not fields[name].metadata["valid"](value):
-            complain(f"--{name.replace('_', '-')} {value}: out of range ({fields[name].metadata['help']})")
+            wanted = fields[name].metadata["help"].replace("%%", "%")  # argparse's way to print one
+            complain(f"--{name.replace('_', '-')} {value}: out of range ({wanted})")
     return given
 
 
@@ -1267,14 +1258,10 @@ def keep_freed_memory() -> None:
 
 def _conv_seconds(dtype: torch.dtype) -> float:
     """Return the CPU seconds of a convolution forward and backward, the median of six."""
-    conv, seconds = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last), []
+    conv = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.randn(16, 32, 64, 128).to(memory_format=torch.channels_last)
-    for _ in range(6):
-        start = time.perf_counter()
-        with autocast(x.device, dtype):
-            conv(x).float().mean().backward()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    step = autocast(x.device, dtype)(lambda: conv(x).float().mean().backward())
+    return float(np.median(timeit.repeat(step, number=1, repeat=6)))
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -1432,7 +1419,7 @@ class Ranks:
         """Send this process SIGTERM when another one, or the store, has given no sign for some seconds."""
         seen = {}
         while not self.leaving.wait(seconds / 10):
-            try:
+            with contextlib.suppress(Exception):  # the store's host is gone: whatever that raises
                 store.add(f"beat{self.rank}", 1)
                 for other in range(self.world):
                     beat = store.add(f"beat{other}", 0)
@@ -1440,8 +1427,6 @@ class Ranks:
                         seen[other] = beat, time.monotonic()
                 if all(time.monotonic() - since < seconds for _, since in seen.values()):
                     continue
-            except Exception:  # noqa: S110  the store's host is gone: whatever that raises
-                pass
             os.kill(os.getpid(), signal.SIGTERM)
             return
 
@@ -1576,8 +1561,7 @@ def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None
     if path.exists():
         os.replace(path, previous)
     with atomic_write(path) as f:
-        f.write(hashlib.sha256(buffer.getbuffer()).digest())
-        f.write(buffer.getbuffer())
+        f.writelines((hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer()))
     if not keep_previous:
         previous.unlink(missing_ok=True)
 
@@ -1656,17 +1640,7 @@ svg{display:block;width:480px;max-width:100%;height:160px;fill:none}
 svg{border:solid #8888;border-width:0 0 1px 1px}
 polyline{stroke-width:1.6;vector-effect:non-scaling-stroke}
 i{display:inline-block;width:1em;height:1em;margin:0 .3em 0 1em;border:1px solid #888}"""
-
-
 HUES = ("#d55e00", "#0072b2", "#009e73", "#c06a98", "#808080")  # contrast ≥ 3 with both white and black paper
-
-
-def show_inline(page: str) -> None:
-    """Show HTML below a notebook's cell; elsewhere do nothing."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    if hasattr(shell, "kernel"):
-        from IPython.display import HTML, display
-        display(HTML(page))
 
 
 def pictures(caption: str, row: dict[str, np.ndarray], scale: int = 2) -> str:
@@ -1690,12 +1664,13 @@ def curves(title: str, lines: dict[str, list[float]]) -> str:
     # not by matplotlib: its import starts a process that lists fonts, and writes into the user's home
     values = [value for line in lines.values() for value in line if np.isfinite(value)] or [0.0]
     low, high, shapes, names = min(values), max(values), "", ""
-    most = max(map(len, lines.values()), default=0)
     for i, (name, line) in enumerate(lines.items()):
-        points = " ".join(f"{x},{(high - y) / (high - low or 1):.4f}" for x, y in enumerate(line))
+        points = " ".join(f"{x},{(high - y) / (high - low or 1):.4f}"
+                          for x, y in enumerate(line) if np.isfinite(y))
         shapes += f'<polyline points="{points}" stroke="{HUES[i % len(HUES)]}"/>'
         names += f' <span><i style="background:{HUES[i % len(HUES)]}"></i>{name}</span>'
-    return (f'<figure><svg viewBox="0 0 {max(1, most - 1)} 1" preserveAspectRatio="none">{shapes}</svg>'
+    last = max(2, *map(len, lines.values())) - 1
+    return (f'<figure><svg viewBox="0 0 {last} 1" preserveAspectRatio="none">{shapes}</svg>'
             f"<figcaption>{title}, {low:.3f} to {high:.3f}{names}</figcaption></figure>")
 
 
@@ -1707,9 +1682,8 @@ def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: 
     shares, of known_neighbours.
     """
     nothing = np.zeros_like(data.test_images)
-    tiles = np.stack([np.concatenate(pair) for pair in (
-        (data.images, data.test_images), (data.masks, nothing),
-        (labels, nothing if test_labels is None else test_labels))], 1)
+    tests = np.stack([data.test_images, nothing, nothing if test_labels is None else test_labels], 1)
+    tiles = np.concatenate([np.stack([data.images, data.masks, labels], 1), tests])
     rows = ["<h2>Camera frames, put back together</h2>",
             *(f"<p>Neighbours whose label is known: {100 * share:.0f} % at {when} time.</p>"
               for when, share in shares.items())]
@@ -1724,19 +1698,18 @@ def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: 
 
 def show_images(data: Data, labels: dict[str, np.ndarray], submitted: str, validated: np.ndarray,
                 confidence: np.ndarray) -> list[str]:
-    """Return a heading, the legend, and rows of pictures of validated images, as what each step said of them.
+    """Return a heading with the legend, and rows of pictures of validated images, with what each step said.
 
     Args: labels, each step's, uint8 (N, H, W); submitted, the step that decides best and worst; validated,
     bool (N,); confidence of that step, uint8 (N, H, W).
     """
-    parts = ["<h2>Validated images: best, median, worst, and with big rock</h2>"]
-    parts += [f'<span><i style="background:rgb{tuple(color)}"></i>{name}</span> '
-              for name, color in zip(CLASSES, PALETTE.tolist(), strict=True)]
+    legend = "".join(f'<span><i style="background:rgb{tuple(color)}"></i>{name}</span> '
+                     for name, color in zip(CLASSES, PALETTE.tolist(), strict=True))
+    parts = [f"<h2>Validated images: best, median, worst, and with big rock</h2>{legend}"]
     known = data.masks > 0
     wrong = (data.masks != labels[submitted]) & known
     right = 1 - wrong.sum((1, 2)) / known.sum((1, 2)).clip(1)
-    order = np.argsort(right, kind="stable")
-    order = order[(validated & (known.mean((1, 2)) > 0.25))[order]]
+    order = [n for n in np.argsort(right, kind="stable") if validated[n] and known[n].mean() > 0.25]
     middle, rock = len(order) // 2, np.flatnonzero(validated & (data.masks == NUM_CLASSES - 1).any((1, 2)))
     shown = {"best": order[-3:], "median": order[middle:middle + 3], "worst": order[:3], "big rock": rock[:6]}
     for kind, n in ((kind, n) for kind, index in shown.items() for n in index):
@@ -1764,8 +1737,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     parts = ["<h2>Scores out of fold</h2>", table(pd.DataFrame(scores, [*labels], header, float))]
     if "test_miou" in metrics:
         parts.append(f"<p>Test labels were in the file: mean IoU {metrics['test_miou']:.4f}.</p>")
-    parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p>")
-    parts.append("<h2>Training</h2>")
+    parts.append(f"<p>Submitted: <b>{metrics['submitted']}</b>.</p><h2>Training</h2>")
     for stage in sorted({stage for stage, _ in histories}):
         nets = {net: histories[of, net] for of, net in sorted(histories) if of == stage}
         for name, title in (("score", "validation mean IoU"), ("loss", "training loss")):
@@ -1784,7 +1756,10 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
         shares = pd.DataFrame(shares[:, 1:], ["training labels", "submission"], CLASSES[1:])
         parts += ["<h2>Shares of the classes</h2>", table(shares.div(shares.sum(axis=1).clip(1), axis=0))]
     images = show_images(data, labels, metrics["submitted"], validated, confidence)
-    show_inline("".join(parts[:2] + images[:6] + images[6::3]))  # scores, legend, one of each kind
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if hasattr(shell, "kernel"):  # below a notebook's cell: scores, legend, pictures of each kind
+        from IPython.display import HTML, display
+        display(HTML("".join(parts[:2] + images[:1] + images[1::3])))
     parts += images
     if place is not None:
         seen = labels[metrics["submitted"]] * validated[:, None, None]

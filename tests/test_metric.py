@@ -226,3 +226,12 @@ def test_calibration_without_a_label_or_an_error():
     probs[:, 0] = 0
     assert np.isnan(lib.calibration(probs, np.zeros((1, 1, 4)))["least_sure_errors"])
     assert lib.calibration(probs, np.ones((1, 1, 4)))["ece"] == 0
+
+
+def test_a_fold_without_labels_does_not_take_the_spread_along():
+    """Of three folds one has no labelled pixel: pooled score and spread are those of the other two."""
+    truth = np.uint8([[[1, 2]], [[1, 2]], [[0, 0]]])
+    labels = np.uint8([[[1, 2]], [[1, 1]], [[1, 1]]])
+    scores = lib.fold_scores(truth, labels, np.arange(3), 3)
+    assert scores["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert scores["fold_std"] == pytest.approx(np.std([1, 1 / 4]))

@@ -115,3 +115,21 @@ def test_in_a_browser(report, tmp_path, width, dark):
     paper = shot[5, 5].mean()
     assert (paper < 60) if dark else (paper > 240)
     assert shot[:, :width].std() > 20
+
+
+def test_a_curve_leaves_out_what_is_no_number():
+    """An epoch whose validation had nothing labelled has no point; the others stay in their places."""
+    drawing = lib.curves("score", {"network 0": [0.0, np.nan, 1.0]})
+    assert 'points="0,1.0000 2,0.0000"' in drawing and 'viewBox="0 0 2 1"' in drawing
+
+
+def test_a_list_of_intruders_that_was_edited_costs_the_report_alone(tmp_path):
+    """A spreadsheet that saves outliers.csv with other columns: the run still ends with its scores."""
+    np.savez(tmp_path / "mars.npz", **tiny_arrays())
+    argv = ["--data", tmp_path / "mars.npz", "--out", tmp_path / "out", *FAST]
+    argv.remove("--no-clean")
+    assert start(argv)[0] == 0
+    lib.write_json(tmp_path / "out" / "state" / "cleaned.json", {"index": [3]})
+    (tmp_path / "out" / "outliers.csv").write_text("index;reasons\n3;masks\n")
+    status, out, err = start(argv)
+    assert status == 0 and "report.html: not written" in out and "test_miou: " in out and not err
