@@ -1114,9 +1114,11 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
     """Return both metrics of out-of-fold labels, pooled over the first folds, and the spread over folds."""
     each = [confusion_matrix(truth[fold_of == k], labels[fold_of == k]) for k in range(folds)]
     miou, iou = iou_scores(sum(each))
-    mious = [iou_scores(one)[0] for one in each]
+    mious = np.array([iou_scores(one)[0] for one in each])
+    some = mious[np.isfinite(mious)]  # a fold may have nothing labelled
     return {"miou": miou, "iou": iou.tolist(), "paper_miou": iou_scores(sum(each), None)[0],
-            "fold_miou": mious, "fold_std": float(np.nanstd(mious)), "confusion": sum(each).tolist()}
+            "fold_miou": mious.tolist(), "fold_std": float(some.std()) if len(some) else math.nan,
+            "confusion": sum(each).tolist()}
 
 
 def calibration(probs: np.ndarray, truth: np.ndarray) -> dict:
@@ -1282,7 +1284,7 @@ class Clock:
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit, self.start = path, max_hours * 3600, time.monotonic()
         before = read_json(path).get("seconds")  # at first: what importing torch takes
-        self.before = before if isinstance(before, (int, float)) and 0 <= before < math.inf else 3.0
+        self.before = before if isinstance(before, (int, float)) and 0 <= before < 1e9 else 3.0
 
     def used(self) -> float:
         return self.before + time.monotonic() - self.start

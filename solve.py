@@ -327,11 +327,13 @@ def halved(run: Run, view: View, targets: torch.Tensor) -> tuple[View, torch.Ten
 
 def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadline: float,
         parent: lib.UNet | None = None) -> lib.UNet:
-    """Train one network of either stage, or go on with it, and return it with its best weights. A kill costs
-    an epoch at most. One that went wrong is done again from the last good one at half the rate; the third
-    time the network stays as it was, UserError if there is none. Args: net, of seed net // folds and fold
-    net % folds; targets int8 (N, H, W), -1 ignored; deadline, seconds of run.clock, before which the rate
-    falls to zero; parent, a network to start from and to keep if nothing better is found."""
+    """Train one network of either stage, or go on with it, and return it with its best weights.
+
+    Args: net, of seed net // folds and fold net % folds; targets int8 (N, H, W), -1 ignored; deadline,
+    seconds of run.clock; parent, a network to start from and to keep if nothing better is found.
+    A kill costs an epoch at most. One that went wrong is done again from the last good one at half the rate;
+    the third time the network stays as it was, UserError if there is none.
+    """
     cfg, failures, fold = run.cfg, 0, net % run.folds
     cooldown = cfg.cooldown if parent is None else 1.0  # what goes on must not forget
     split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
@@ -373,10 +375,6 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
                       "best_figure": -float("inf") if small else figure}  # of whole images any is better
         record["seconds"] = time.monotonic() - start
         history.append(record)
-        if not small:  # slower than planned: fewer epochs, so that the rate still falls in all of them
-            seconds = min(one["seconds"] for one in history[-3:])  # one slow epoch says little
-            affordable = int((deadline - run.clock.used()) / seconds)
-            state["epochs"] = min(state["epochs"], epoch + max(0, affordable))
         state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
                              or run.clock.used() + record["seconds"] > deadline)
         save(run, run.checkpoint(stage, net), parts, state)
@@ -409,7 +407,7 @@ SIZES = ((5, 32, 96), (5, 24, 24), (5, 16, 16), (3, 16, 12), (3, 12, 9), (2, 12,
 
 
 def make_plan(run: Run) -> dict:
-    """Return folds, seeds, width and epochs for 15/16 of the time left; fit does less if it runs short."""
+    """Return folds, seeds, width and epochs that fit into 15/16 of the time left."""
     cfg, n, m, world = run.cfg, len(run.images), len(run.test_images), run.ranks.world
     rare = run.is_rare[run.masks.int()].flatten(1).any(1).float().mean()
     shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
@@ -691,6 +689,7 @@ def solve(cfg: Config, ranks: lib.Ranks) -> dict:
         lib.write_report(run.state.parent, run.metrics, run.histories, facts, run.data, shown, run.labels,
                          run.confidence[run.metrics["submitted"]], run.place, test_labels)
     except Exception as e:  # a full disk, an outliers.csv that was edited: the submission is written
+        (run.state.parent / "report.html").unlink(missing_ok=True)  # an earlier start's
         print(f"report.html: not written ({type(e).__name__}: {e})")
     for file in sorted(run.state.parent.glob("*.*")):
         print(f"written: {file}")

@@ -235,3 +235,4 @@ def test_a_fold_without_labels_does_not_take_the_spread_along():
     scores = lib.fold_scores(truth, labels, np.arange(3), 3)
     assert scores["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert scores["fold_std"] == pytest.approx(np.std([1, 1 / 4]))
+    assert np.isnan(lib.fold_scores(truth[2:], labels[2:], np.zeros(1), 1)["fold_std"])

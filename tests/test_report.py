@@ -133,3 +133,4 @@ def test_a_list_of_intruders_that_was_edited_costs_the_report_alone(tmp_path):
     (tmp_path / "out" / "outliers.csv").write_text("index;reasons\n3;masks\n")
     status, out, err = start(argv)
     assert status == 0 and "report.html: not written" in out and "test_miou: " in out and not err
+    assert not (tmp_path / "out" / "report.html").exists()  # the first run's
