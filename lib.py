@@ -1767,7 +1767,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
         seen = labels[metrics["submitted"]] * validated[:, None, None]
         parts += show_frames(data, place, seen, test_labels, metrics.get("known_neighbours", {}))
     parts.append(f"<h2>Intruders: {len(data.outlier_images)} training images taken out</h2>")
-    if len(data.outlier_images) and (out / "outliers.csv").exists():
+    with contextlib.suppress(OSError, KeyError, ValueError):  # the list is gone, or was edited
         found = pd.read_csv(out / "outliers.csv")
         parts += [pictures(f"{i}: {reasons}", {"intruder": image}, 1) for i, reasons, image in zip(
             found["index"], found["reasons"], data.outlier_images[:60], strict=False)]

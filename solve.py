@@ -688,9 +688,9 @@ def solve(cfg: Config, ranks: lib.Ranks) -> dict:
     try:
         lib.write_report(run.state.parent, run.metrics, run.histories, facts, run.data, shown, run.labels,
                          run.confidence[run.metrics["submitted"]], run.place, test_labels)
-    except Exception as e:  # a full disk, an outliers.csv that was edited: the submission is written
+    except OSError as e:  # a full disk: the submission is written
         (run.state.parent / "report.html").unlink(missing_ok=True)  # an earlier start's
-        print(f"report.html: not written ({type(e).__name__}: {e})")
+        print(f"report.html: not written ({e.strerror})")
     for file in sorted(run.state.parent.glob("*.*")):
         print(f"written: {file}")
     return run.metrics
