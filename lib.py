@@ -35,6 +35,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shlex
 import signal
 import sys
@@ -1185,12 +1186,12 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
     return given
 
 
-def to_flags(config) -> list[str]:
-    """Return the flags from which parse_flags makes this config: those of its fields unlike the default."""
+def to_flags(config, recipe: dict) -> list[str]:
+    """Return the flags from which this config was made: of fields unlike the recipe's, else the default."""
     words = []
     for f in dataclasses.fields(config):
         value, flag = getattr(config, f.name), f.name.replace("_", "-")
-        if f.metadata and value != f.default:
+        if f.metadata and value != recipe.get(f.name, f.default):
             words += [f"--no-{flag}" if value is False else f"--{flag}"]
             words += [] if isinstance(value, bool) else [str(value)]
     return words
@@ -1357,9 +1358,14 @@ class Progress:
             self.bar.close()
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    """Return whether that is what PyTorch says of a GPU, a CPU or cuDNN; illegal access is another error."""
+    return re.search(r"memory(?! access)|ALLOC_FAILED", str(error)) is not None
+
+
 def smaller_batch(batch_size: int, error: RuntimeError) -> int:
     """Return half the batch size after an error for want of memory; raise any other, or UserError at 1."""
-    if "memory" not in str(error):  # of a GPU: torch.OutOfMemoryError; of a CPU: a plain RuntimeError
+    if not lacks_memory(error):
         raise error
     if batch_size == 1:
         raise UserError("not even one image fits into memory: choose a smaller --width") from error

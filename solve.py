@@ -88,11 +88,11 @@ class Config:
     level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; one level of the network more
 
 
-PAPER = dict(folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1,
-             paste=0.25, patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss",
-             geometric=(0.2, 0.2, 60.0), light=0.2, flip_vertical=True, tta=False, most_epochs=300,
-             weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, stride=1,
-             level_weights=(0.2, 0.3, 0.5))
+RECIPES = {"best": {}, "paper": dict(
+    folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1, paste=0.25,
+    patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss", geometric=(0.2, 0.2, 60.0),
+    light=0.2, flip_vertical=True, tta=False, most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_rare=False,
+    small_share=0.0, stride=1, level_weights=(0.2, 0.3, 0.5))}
 
 
 def parse(argv: list[str]) -> Config:
@@ -100,7 +100,7 @@ def parse(argv: list[str]) -> Config:
     given = lib.parse_flags(Config, argv, __doc__.rpartition("\n\n")[0])
     if "data" not in given and lib.KAGGLE_INPUT.is_dir():
         given["data"] = str(lib.KAGGLE_INPUT)
-    cfg = Config(**{**(PAPER if given.get("recipe") == "paper" else {}), **given})
+    cfg = Config(**{**RECIPES[given.get("recipe", "best")], **given})
     if cfg.group_frames and not cfg.frames:
         raise UserError("--group-frames: --recipe paper and --no-frames look for none")
     return cfg
@@ -301,7 +301,7 @@ def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tup
         loss = train_one_epoch(run, parts, view, targets, split[0], key)
         record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1])}
     except RuntimeError as e:
-        if "memory" not in str(e):
+        if not lib.lacks_memory(e):
             return f"{type(e).__name__}: {e}"
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(split[0])), e)
         lib.write_json(run.state / "plan.json", run.plan)
@@ -591,7 +591,7 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     lib.set_threads(plan.get("threads", 0))
     dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})"
-          f"\n{lib.spare_gpus(device, lib.to_flags(cfg))}".rstrip(), flush=True)
+          f"\n{lib.spare_gpus(device, lib.to_flags(cfg, RECIPES[cfg.recipe]))}".rstrip(), flush=True)
     if cfg.clean:
         lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
     neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
@@ -634,6 +634,8 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, end: float)
         run.metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
         run.evidence = lib.frame_evidence(probs, predicted_cells(run, first, probs), run.data.masks,
                                           run.fold_of, run.place)
+        # rank 0's: on unlike processors a tie may fall differently
+        run.evidence.strengths = run.ranks.sum(run.evidence.strengths * np.float32(run.ranks.rank == 0))
         probs = lib.reweigh(probs, run.evidence.known, run.evidence.strengths, run.cfg.first_class)
         score(run, "frames", probs, run.folds)
     if run.cfg.stages == 1:
@@ -682,7 +684,7 @@ def solve(cfg: Config, ranks: lib.Ranks) -> dict:
     run.metrics["minutes"] = round(run.clock.used() / 60, 2)
     lib.write_json(run.state.parent / "metrics.json", run.metrics)
     shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
-    facts = {"command": shlex.join(["python", "solve.py", *lib.to_flags(run.cfg)]),
+    facts = {"command": shlex.join(["python", "solve.py", *lib.to_flags(run.cfg, RECIPES[run.cfg.recipe])]),
              "minutes": run.metrics["minutes"], "device": run.device, **lib.fingerprint(run.data),
              **asdict(run.cfg), **run.plan}
     try:

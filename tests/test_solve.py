@@ -271,6 +271,16 @@ def test_flags_beat_the_recipe():
         assert cfg.folds == 5 and cfg.gamma == 3.0
 
 
+@pytest.mark.parametrize("words", [
+    "", "--recipe paper", "--recipe paper --gamma 0.0 --rare-repeat 8 --seed 3",
+    "--no-clean --max-hours 0.5 --out a~b", "--no-frames --fresh --width 8"])
+def test_the_command_printed_is_the_one_given(words):
+    """What the report and the torchrun line print parses into the same choices, whatever the recipe."""
+    cfg = solve.parse(words.split())
+    printed = lib.to_flags(cfg, solve.RECIPES[cfg.recipe])
+    assert solve.parse(printed) == cfg and sorted(printed) == sorted(words.split())
+
+
 def test_config_is_frozen():
     """Nothing can change a choice in the middle of a run."""
     with pytest.raises(dataclasses.FrozenInstanceError):
