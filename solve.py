@@ -387,18 +387,20 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
 # ---------------------------------------------------------------------------------------- the plan
 
 def measure_speed(run: Run, width: int, steps: int = 6) -> float:
-    """Return the training speed, images/s, of a network of this width: from real steps after a first one."""
+    """Return the training speed, images/s, of a network of this width: of the median of three times some real
+    steps, after a first one. A moment's disturbance would cost the whole run a quarter of its epochs."""
     run.plan["width"] = width
-    index = torch.arange(len(run.images), device=run.device)
+    index, seconds = torch.arange(len(run.images), device=run.device), []
     try:
         parts = new_training(run, 1, 0)
-        for count in (1, steps):
+        for count in (1, steps, steps, steps):
             start = time.perf_counter()
             train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), count)
+            seconds.append(time.perf_counter() - start)
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
         return measure_speed(run, width, steps)
-    return steps * batch_size(run, len(index)) / (time.perf_counter() - start)
+    return steps * batch_size(run, len(index)) / float(np.median(seconds[1:]))
 
 
 # (folds, width, epochs of both stages that it needs at least), best first: averaging networks gives 2 to 5
