@@ -63,7 +63,7 @@ class Config:
     batch_size: int = option(32, "images a step", lambda value: value > 0, group="training")
     lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    rare_repeat: int = option(8, "how often stage 1 sees images that hold a class under 2 %% of the pixels",
+    rare_repeat: int = option(3, "how often stage 1 sees images that hold a class under 2 %% of the pixels",
                               lambda value: value > 0)
     paste: float = option(0.5, "share of images, small ones, that get patches of such a class",
                           lambda value: 0 <= value <= 1)
@@ -386,21 +386,21 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
 
 # ---------------------------------------------------------------------------------------- the plan
 
-def measure_speed(run: Run, width: int, steps: int = 6) -> float:
-    """Return the training speed, images/s, of a network of this width: of the median of three times some real
-    steps, after a first one. A moment's disturbance would cost the whole run a quarter of its epochs."""
+def measure_speed(run: Run, width: int) -> float:
+    """Return the training speed, images/s, of a network of this width: of six real steps, the median of up to
+    three times, as a moment's disturbance would cost the whole run a quarter of its epochs."""
     run.plan["width"] = width
     index, seconds = torch.arange(len(run.images), device=run.device), []
     try:
         parts = new_training(run, 1, 0)
-        for count in (1, steps, steps, steps):
-            start = time.perf_counter()
-            train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), count)
+        while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 6:  # large images: once tells enough
+            start, steps = time.perf_counter(), 6 if seconds else 1  # the first step warms up
+            train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), steps)
             seconds.append(time.perf_counter() - start)
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
-        return measure_speed(run, width, steps)
-    return steps * batch_size(run, len(index)) / float(np.median(seconds[1:]))
+        return measure_speed(run, width)
+    return 6 * batch_size(run, len(index)) / float(np.median(seconds[1:]))
 
 
 # (folds, width, epochs of both stages that it needs at least), best first: averaging networks gives 2 to 5
