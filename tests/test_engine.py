@@ -3,11 +3,13 @@
 import io
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lib
+import solve
 
 
 @pytest.fixture
@@ -122,3 +124,13 @@ def test_idle_gpus_are_told_of(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert lib.spare_gpus(torch.device("cuda:0"), ["--max-hours", "8"]) == ""
+
+
+def test_a_disturbed_moment_does_not_shrink_the_plan(monkeypatch):
+    """One measurement of three that takes fifty times as long leaves the speed as it is."""
+    seconds = iter([0.1, 0.01, 0.5, 0.01])
+    monkeypatch.setattr(solve, "new_training", lambda *_: {})
+    monkeypatch.setattr(solve, "train_one_epoch", lambda *_: time.sleep(next(seconds)))
+    run = SimpleNamespace(images=torch.zeros(512, 1, 1), masks=None, device="cpu", plan={},
+                          cfg=solve.Config())
+    assert 6 * 32 / 0.1 < solve.measure_speed(run, 4) <= 6 * 32 / 0.01

@@ -228,6 +228,7 @@ def test_calibration_without_a_label_or_an_error():
     assert lib.calibration(probs, np.ones((1, 1, 4)))["ece"] == 0
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_fold_without_labels_does_not_take_the_spread_along():
     """Of three folds one has no labelled pixel: pooled score and spread are those of the other two."""
     truth = np.uint8([[[1, 2]], [[1, 2]], [[0, 0]]])
