@@ -134,3 +134,16 @@ def test_a_disturbed_moment_does_not_shrink_the_plan(monkeypatch):
     run = SimpleNamespace(images=torch.zeros(512, 1, 1), masks=None, device="cpu", plan={},
                           cfg=solve.Config())
     assert 6 * 32 / 0.1 < solve.measure_speed(run, 4) <= 6 * 32 / 0.01
+
+
+@pytest.mark.parametrize("world, folds", [(1, 5), (2, 4), (3, 6), (4, 4), (5, 5), (8, 8), (64, 5)])
+def test_no_process_waits_for_anothers_last_network(monkeypatch, world, folds):
+    """Time enough for five folds: planned are as many as give each of a few processes equally many."""
+    monkeypatch.setattr(solve, "measure_speed", lambda *_: 200.0)
+    run = SimpleNamespace(images=torch.zeros(2000, 1, 1), test_images=torch.zeros(2000, 1, 1), plan={},
+                          masks=torch.ones(2000, 1, 1), is_rare=torch.zeros(5, dtype=torch.bool),
+                          cfg=solve.Config(), dtype=torch.float32, ranks=SimpleNamespace(world=world),
+                          clock=SimpleNamespace(left=lambda: 3600.0))
+    assert solve.make_plan(run)["folds"] == folds
+    run.cfg = solve.Config(folds=7)
+    assert solve.make_plan(run)["folds"] == 7
