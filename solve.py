@@ -404,7 +404,7 @@ def measure_speed(run: Run, width: int) -> float:
 
 
 # (folds, width, epochs of both stages that it needs at least), best first: averaging networks gives 2 to 5
-# points, width little (one of 0.48 M parameters reached .732)
+# points, width less than epochs do (README)
 SIZES = ((5, 32, 96), (5, 24, 40), (5, 16, 16), (3, 16, 12), (3, 12, 9), (2, 12, 8), (2, 8, 0))
 
 
@@ -425,7 +425,7 @@ def make_plan(run: Run) -> dict:
     measured, seeds = cfg.width or 16, cfg.seeds or 1
     speed = measure_speed(run, measured)
     for folds, width, least in SIZES:
-        if world < 10:  # no process waits for another's last network; of more, seeds make use
+        if world < 10 and folds * seeds % world:  # no process waits for another's last network
             folds = world * max(1, round(folds / world))
         folds, width = cfg.folds or min(folds, n), cfg.width or width
         if cost(folds, seeds, speed * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU

@@ -147,3 +147,5 @@ def test_no_process_waits_for_anothers_last_network(monkeypatch, world, folds):
     assert solve.make_plan(run)["folds"] == folds
     run.cfg = solve.Config(folds=7)
     assert solve.make_plan(run)["folds"] == 7
+    run.cfg = solve.Config(seeds=world)  # 5 folds are shared evenly then
+    assert solve.make_plan(run)["folds"] == 5
