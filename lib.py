@@ -931,22 +931,39 @@ class GatedSkip(nn.Module):
         return torch.cat([skip * torch.sigmoid(self.gate(skip)), F.relu(self.mix(x))], 1)
 
 
+class GlobalContext(nn.Module):
+    """Adds to every position what the image as a whole says (Cao et al. 2019, with a plain mean)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(channels), nn.Linear(channels, channels)
+        nn.init.zeros_(self.mix.weight)  # at first it says nothing
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape: (B, C, H, W) → the same."""
+        return x + self.mix(F.relu(self.norm(x.mean((2, 3)))))[:, :, None, None]
+
+
 class UNet(nn.Module):
     """The paper's U-Net: widths w, 2w, 4w, … and a bottleneck; gated skips; heads on the decoder's levels.
 
     With width 64, depth 4 and one channel it has the paper's 31.4 M parameters. stride 2 folds blocks of 2×2
     pixels into channels at the input and unfolds them at each head: no layer works at the full size, which
     a depth of 4 spends most of its time on (2.1 times the images/s at as many parameters; Shi et al. 2016).
+    context: a GlobalContext behind the bottleneck.
     Shape: (B, in_channels, H, W), any H, W ≥ 1 → list of logits (B, num_classes, ·, ·): the full H, W, and in
     training also 1/2, 1/4, … of the size padded to a multiple of stride · 2^depth, one for each level.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4, stride: int = 1):
+    def __init__(self, in_channels: int, num_classes: int, width: int, depth: int = 4, stride: int = 1,
+                 context: bool = False):
         super().__init__()
         self.depth, self.stride = depth, stride
         *widths, bottleneck = [width * 2 ** i for i in range(depth + 1)]
         channels = [in_channels * stride ** 2, *widths, bottleneck]
         self.encoder = nn.ModuleList(conv_block(*pair) for pair in itertools.pairwise(channels))
+        self.context = GlobalContext(bottleneck) if context else nn.Identity()
         self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, stride=2) for w in widths)
         self.skip = nn.ModuleList(GatedSkip(w) for w in widths)
         self.decoder = nn.ModuleList(conv_block(2 * w, w) for w in widths)
@@ -973,6 +990,7 @@ class UNet(nn.Module):
         for i, block in enumerate(self.encoder):
             x = block(F.max_pool2d(x, 2) if i else x)
             skips.append(x)
+        x = self.context(x)
         for i in reversed(range(self.depth)):
             x = self.decoder[i](self.skip[i](skips[i], self.up[i](x)))
             if self.training or i == 0:

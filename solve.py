@@ -79,12 +79,13 @@ class Config:
     light: float = 0.2            # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
     tta: bool = True              # mean with the mirrored copy
-    most_epochs: int = 30         # of one stage, counted in whole images, when time is plenty
+    most_epochs: int = 96         # of stage 1, when time is plenty; 200 were not better (README)
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last ones, in which the rate falls to zero
     fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits out of fold
     small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
     stride: int = 2               # side of the blocks of pixels that the network takes as one
+    context: bool = True          # the bottleneck hears of the whole image
     level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; one level of the network more
 
 
@@ -92,7 +93,7 @@ RECIPES = {"best": {}, "paper": dict(
     folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1, paste=0.25,
     patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss", geometric=(0.2, 0.2, 60.0),
     light=0.2, flip_vertical=True, tta=False, most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_rare=False,
-    small_share=0.0, stride=1, level_weights=(0.2, 0.3, 0.5))}
+    small_share=0.0, stride=1, context=False, level_weights=(0.2, 0.3, 0.5))}
 
 
 def parse(argv: list[str]) -> Config:
@@ -211,7 +212,8 @@ def new_training(run: Run, stage: int, net: int, channels: int = 1, parent: lib.
     cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, net, 0).initial_seed())
-        model = lib.UNet(channels, outputs, run.plan["width"], len(cfg.level_weights) + 1, cfg.stride)
+        model = lib.UNet(channels, outputs, run.plan["width"], len(cfg.level_weights) + 1, cfg.stride,
+                         cfg.context)
     if parent is not None:
         model.start_from(parent)
         model.silence(run.is_rare[cfg.first_class:])
@@ -286,8 +288,9 @@ def resume(run: Run, stage: int, net: int, view: View, parent: lib.UNet | None,
     state = lib.load_checkpoint(run.checkpoint(stage, net))
     if state is None:
         affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
-        state = {"epochs": max(1, min(run.plan["epochs"][stage - 1], affordable)), "history": [],
-                 "best": None, "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
+        planned = max(1, min(run.plan["epochs"][stage - 1], affordable))
+        state = {"planned": planned, "epochs": planned, "history": [], "best": None,
+                 "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
     elif not state["finished"]:
         for name, part in parts.items():
             part.load_state_dict(state.pop(name))
@@ -344,7 +347,7 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
         state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
     history = run.histories[stage, net] = state["history"]
     title = f"stage {stage}  fold {fold}{f'  seed {net // run.folds}' if run.plan['seeds'] > 1 else ''}"
-    progress = lib.Progress(title, state["epochs"], len(history), run.ranks.stdout)
+    progress = lib.Progress(title, state["planned"], len(history), run.ranks.stdout)
     while not state["finished"]:
         epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
         rate, small = group["lr"], stage == 1 and epoch <= int(cfg.small_share * state["epochs"])
@@ -375,8 +378,10 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
                       "best_figure": -float("inf") if small else figure}  # of whole images any is better
         record["seconds"] = time.monotonic() - start
         history.append(record)
-        state["finished"] = (epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
-                             or run.clock.used() + record["seconds"] > deadline)
+        affordable = max(0, int((deadline - run.clock.used()) / record["seconds"]))
+        if not small or not affordable:  # the rate shall have fallen when the time is up
+            state["epochs"] = min(state["planned"], epoch + affordable)
+        state["finished"] = epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
         save(run, run.checkpoint(stage, net), parts, state)
         progress.show(epoch, record, run.clock.used() / 60)
     progress.close()
@@ -386,26 +391,30 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
 
 # ---------------------------------------------------------------------------------------- the plan
 
-def measure_speed(run: Run, width: int) -> float:
-    """Return the training speed, images/s, of a network of this width: of six real steps, the median of up to
-    three times, as a moment's disturbance would cost the whole run a quarter of its epochs."""
-    run.plan["width"] = width
-    index, seconds = torch.arange(len(run.images), device=run.device), []
+def measure_speed(run: Run, width: int) -> tuple[float, float]:
+    """Return the training speed, images/s, of a network of this width, and how long stage 1's mean epoch is,
+    small images or whole, against one of whole images. Timed are six real steps, the median of up to three
+    times, as a moment's disturbance would cost the whole run a quarter of its epochs."""
+    run.plan["width"], whole, speeds = width, (View(run.images), run.masks), []
+    index = torch.arange(len(run.images), device=run.device)
     try:
         parts = new_training(run, 1, 0)
-        while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 6:  # large images: once tells enough
-            start, steps = time.perf_counter(), 6 if seconds else 1  # the first step warms up
-            train_one_epoch(run, parts, View(run.images), run.masks, index, (0, 0, 0), steps)
-            seconds.append(time.perf_counter() - start)
+        for seen in (whole, halved(run, *whole)) if run.cfg.small_share else (whole,):
+            seconds = []
+            while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 6:  # large images: once is enough
+                start, steps = time.perf_counter(), 6 if seconds else 1  # the first step warms up
+                train_one_epoch(run, parts, *seen, index, (0, 0, 0), steps)
+                seconds.append(time.perf_counter() - start)
+            speeds.append(6 * batch_size(run, len(index)) / float(np.median(seconds[1:])))
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
         return measure_speed(run, width)
-    return 6 * batch_size(run, len(index)) / float(np.median(seconds[1:]))
+    return speeds[0], 1 - (1 - speeds[0] / speeds[-1]) * run.cfg.small_share
 
 
-# (folds, width, epochs of both stages that it needs at least), best first: averaging networks gives 2 to 5
+# (folds, width, epochs of stage 1 that it needs at least), best first: averaging networks gives 2 to 5
 # points, width less than epochs do (README)
-SIZES = ((5, 32, 96), (5, 24, 40), (5, 16, 16), (3, 16, 12), (3, 12, 9), (2, 12, 8), (2, 8, 0))
+SIZES = ((5, 32, 135), (5, 24, 56), (5, 16, 22), (3, 16, 17), (3, 12, 12), (2, 12, 11), (2, 8, 0))
 
 
 def make_plan(run: Run) -> dict:
@@ -413,17 +422,19 @@ def make_plan(run: Run) -> dict:
     cfg, n, m, world = run.cfg, len(run.images), len(run.test_images), run.ranks.world
     rare = run.is_rare[run.masks.int()].flatten(1).any(1).float().mean()
     shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
+    share = 0.8 if cfg.stages == 2 else 1.0  # of the training time, stage 1's
 
     def cost(folds: int, seeds: int, speed: float) -> tuple[float, float, int]:
-        """Return seconds an epoch, seconds of all predictions, affordable epochs, given training images/s."""
+        """Return seconds an epoch of whole images, seconds of all predictions, affordable epochs of stage 1,
+        given training images/s."""
         part = 1 / folds if folds > 1 else 1 / 7
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
         passes = seeds * (cfg.stages * (1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
         predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
         left = run.clock.left() - predict * -(-folds // world) / folds
-        return epoch, predict, int(0.9375 * left / (-(-folds * seeds // world) * epoch))
+        return epoch, predict, int(0.9375 * share * left / (-(-folds * seeds // world) * small * epoch))
     measured, seeds = cfg.width or 16, cfg.seeds or 1
-    speed = measure_speed(run, measured)
+    speed, small = measure_speed(run, measured)
     for folds, width, least in SIZES:
         if world < 10 and folds * seeds % world:  # no process waits for another's last network
             folds = world * max(1, round(folds / world))
@@ -431,18 +442,16 @@ def make_plan(run: Run) -> dict:
         if cost(folds, seeds, speed * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
             break
     if width != measured:
-        speed = measure_speed(run, width)
-    most = 2 * cfg.most_epochs
+        speed, small = measure_speed(run, width)
+    most = cfg.most_epochs
     while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= 0.75 * most:
         seeds += 1
-    epoch_seconds, predict_seconds, epochs = cost(folds, seeds, speed)
-    epochs = max(2, min(epochs, most))
-    first = min(epochs - 1, round(0.8 * epochs)) if cfg.stages == 2 else epochs
+    epoch_seconds, predict_seconds, affordable = cost(folds, seeds, speed)
+    first = cfg.epochs or max(1, min(affordable, most))
     ratio = 1.15 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
-    second = (cfg.epochs or round((epochs - first) / ratio)) if cfg.stages == 2 else 0
-    small = 1 - 0.65 * cfg.small_share  # an epoch of small images takes 0.35 of another's time, on a CPU
+    second = cfg.epochs or max(1, round(first * small * (1 / share - 1) / ratio))
     return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "predict_seconds": predict_seconds,
-            "epochs": [cfg.epochs or round(first / small), second],
+            "epochs": [first, second if cfg.stages == 2 else 0],
             "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds], "train_images_per_second": speed,
             "precision": str(run.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
 
@@ -604,11 +613,14 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
               torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
               is_rare, ranks, lock, plan, neighbours, place)
-    if not plan:
-        plan = run.plan = make_plan(run)
-        lib.write_json(state / "plan.json", plan)
     if ranks.rank == 0:
         share_decisions(ranks, state)
+    if not plan:
+        plan = make_plan(run)  # by all at once, as all will train at once; rank 0's counts
+        if ranks.rank == 0:
+            lib.write_json(state / "plan.json", plan)
+        share_decisions(ranks, state)
+        run.plan = plan = lib.read_json(state / "plan.json")
     frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
     rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)

@@ -128,18 +128,21 @@ def test_idle_gpus_are_told_of(monkeypatch):
 
 def test_a_disturbed_moment_does_not_shrink_the_plan(monkeypatch):
     """One measurement of three that takes fifty times as long leaves the speed as it is."""
-    seconds = iter([0.1, 0.01, 0.5, 0.01])
+    seconds = iter([0.1, 0.01, 0.5, 0.01, 0.1, 0.001, 0.001, 0.5])
+    monkeypatch.setattr(solve, "halved", lambda *_: (None, None))
     monkeypatch.setattr(solve, "new_training", lambda *_: {})
     monkeypatch.setattr(solve, "train_one_epoch", lambda *_: time.sleep(next(seconds)))
     run = SimpleNamespace(images=torch.zeros(512, 1, 1), masks=None, device="cpu", plan={},
                           cfg=solve.Config())
-    assert 6 * 32 / 0.1 < solve.measure_speed(run, 4) <= 6 * 32 / 0.01
+    speed, share = solve.measure_speed(run, 4)
+    assert 6 * 32 / 0.1 < speed <= 6 * 32 / 0.01
+    assert 1 - run.cfg.small_share < share < 0.8  # small images took a tenth of the time
 
 
 @pytest.mark.parametrize("world, folds", [(1, 5), (2, 4), (3, 6), (4, 4), (5, 5), (8, 8), (64, 5)])
 def test_no_process_waits_for_anothers_last_network(monkeypatch, world, folds):
     """Time enough for five folds: planned are as many as give each of a few processes equally many."""
-    monkeypatch.setattr(solve, "measure_speed", lambda *_: 200.0)
+    monkeypatch.setattr(solve, "measure_speed", lambda *_: (200.0, 0.6))
     run = SimpleNamespace(images=torch.zeros(2000, 1, 1), test_images=torch.zeros(2000, 1, 1), plan={},
                           masks=torch.ones(2000, 1, 1), is_rare=torch.zeros(5, dtype=torch.bool),
                           cfg=solve.Config(), dtype=torch.float32, ranks=SimpleNamespace(world=world),

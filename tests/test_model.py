@@ -345,3 +345,17 @@ def test_an_image_too_large_for_the_memory_is_one_sentence():
     for other in ("size mismatch", "CUDA error: an illegal memory access was encountered"):
         with pytest.raises(RuntimeError, match=other):
             lib.smaller_batch(8, RuntimeError(other))
+
+
+def test_the_bottleneck_hears_of_the_whole_image():
+    """The context says nothing at first; later a change at one end of a long image reaches the other end."""
+    torch.manual_seed(0)
+    model = lib.UNet(1, 4, 2, depth=1, context=True).eval()
+    plain = lib.UNet(1, 4, 2, depth=1).eval()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(1, 1, 8, 256)
+    other = torch.cat([x[..., :128], torch.randn(1, 1, 8, 128)], -1)
+    torch.testing.assert_close(model(x)[0], plain(x)[0], rtol=0, atol=0)
+    torch.nn.init.normal_(model.context.mix.weight)
+    assert torch.equal(plain(x)[0][..., :64], plain(other)[0][..., :64])
+    assert not torch.allclose(model(x)[0][..., :64], model(other)[0][..., :64])

@@ -366,7 +366,7 @@ def test_confusion_covers_every_training_pixel_once(run):
 def probabilities(out, stage, fold, images):
     """Return a saved stage-1 network's probabilities in 1/255, mean with the mirrored copy's, written
     plainly."""
-    model = lib.UNet(1, 4, 4, 3, 2)
+    model = lib.UNet(1, 4, 4, 3, 2, context=True)
     model.load_state_dict(lib.load_checkpoint(out / "state" / f"stage{stage}_fold{fold}.pt")["best"])
     model.eval()
     train = tiny_arrays()["training_set"][:, 0]
@@ -467,7 +467,7 @@ def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
     """Of the rock, its only rare class, a second network says nothing, whatever it sees; on the test set the
     sums over folds hold stage 1's probability of rock, and the rest as stage 2 shares it out."""
     for fold in (0, 1):
-        model = lib.UNet(6, 4, 4, 3, 2)
+        model = lib.UNet(6, 4, 4, 3, 2, context=True)
         model.load_state_dict(lib.load_checkpoint(run[0] / "state" / f"stage2_fold{fold}.pt")["best"])
         with torch.inference_mode():
             probs = model.eval()(torch.randn(8, 6, 32, 64))[0].softmax(1)
@@ -877,3 +877,26 @@ def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
         for stage, want in ((1, [[33, 0.5], [33, 0.5], [65, 0]]), (2, [[65, 0]] * 3)):
             assert [rest for s, k, _, *rest in seen if (s, k) == (stage, fold)] == want
         assert lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best_epoch"] == 3
+
+
+@pytest.mark.parametrize("slow, epochs", [(1.0, 20), (2.0, 17), (4.0, 13)])
+def test_the_rate_has_fallen_when_the_time_is_up(write_npz, tiny, tmp_path, monkeypatch, slow, epochs):
+    """Twenty epochs are planned for 20 s: whatever the whole images cost, and though one epoch takes 3 s, the
+    last one before the deadline has the last rate of a shorter schedule."""
+    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--epochs", "20"]
+    run = solve.open_run(solve.parse(list(map(str, argv))))
+    run.cfg, now = dataclasses.replace(run.cfg, small_share=0.5), [0.0]
+    run.clock = SimpleNamespace(used=lambda: now[0], save=lambda: None)
+
+    def attempt(*args):
+        epoch = args[-1][2]
+        now[0] += 0.6 if epoch <= 10 else 3.0 if (epoch, slow) == (12, 1.0) else slow
+        return {"loss": 1.0, "val_loss": 1.0, "score": epoch / 99}
+
+    monkeypatch.setattr(solve, "attempt", attempt)
+    monkeypatch.setattr(solve.time, "monotonic", lambda: now[0])
+    run.plan["epoch_seconds"] = [1.0, 1.0]
+    solve.fit(run, 1, 0, solve.View(run.images), run.masks, 20.0)
+    history = run.histories[1, 0]
+    assert len(history) == epochs and now[0] <= 20.0
+    assert history[-1]["lr"] == pytest.approx(run.cfg.lr / (run.cfg.cooldown * epochs))
