@@ -79,7 +79,7 @@ class Config:
     light: float = 0.2            # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
     tta: bool = True              # mean with the mirrored copy
-    most_epochs: int = 96         # of stage 1, when time is plenty; 200 were not better (README)
+    most_epochs: int = 96         # of stage 1, when time is plenty; of 200 only common classes gain (README)
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last ones, in which the rate falls to zero
     fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits out of fold
@@ -378,7 +378,7 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
                       "best_figure": -float("inf") if small else figure}  # of whole images any is better
         record["seconds"] = time.monotonic() - start
         history.append(record)
-        affordable = max(0, int((deadline - run.clock.used()) / record["seconds"]))
+        affordable = max(0, int((deadline - run.clock.used()) / max(record["seconds"], 1e-3)))
         if not small or not affordable:  # the rate shall have fallen when the time is up
             state["epochs"] = min(state["planned"], epoch + affordable)
         state["finished"] = epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
@@ -424,6 +424,13 @@ def make_plan(run: Run) -> dict:
     shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
     share = 0.8 if cfg.stages == 2 else 1.0  # of the training time, stage 1's
 
+    def measure(width: int) -> tuple[float, float, float]:
+        """Return measure_speed's figures and the time left, the worst of all processes, which measure at once
+        as they will train at once."""
+        run.ranks.barrier()
+        speed, small = (run.ranks.gather(figure) for figure in measure_speed(run, width))
+        return float(speed.min()), float(small.max()), float(run.ranks.gather(run.clock.left()).min())
+
     def cost(folds: int, seeds: int, speed: float) -> tuple[float, float, int]:
         """Return seconds an epoch of whole images, seconds of all predictions, affordable epochs of stage 1,
         given training images/s."""
@@ -431,10 +438,10 @@ def make_plan(run: Run) -> dict:
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
         passes = seeds * (cfg.stages * (1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
         predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
-        left = run.clock.left() - predict * -(-folds // world) / folds
+        left = time_left - predict * -(-folds // world) / folds
         return epoch, predict, int(0.9375 * share * left / (-(-folds * seeds // world) * small * epoch))
     measured, seeds = cfg.width or 16, cfg.seeds or 1
-    speed, small = measure_speed(run, measured)
+    speed, small, time_left = measure(measured)
     for folds, width, least in SIZES:
         if world < 10 and folds * seeds % world:  # no process waits for another's last network
             folds = world * max(1, round(folds / world))
@@ -442,7 +449,7 @@ def make_plan(run: Run) -> dict:
         if cost(folds, seeds, speed * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
             break
     if width != measured:
-        speed, small = measure_speed(run, width)
+        speed, small, time_left = measure(width)
     most = cfg.most_epochs
     while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= 0.75 * most:
         seeds += 1
@@ -452,8 +459,7 @@ def make_plan(run: Run) -> dict:
     second = cfg.epochs or max(1, round(first * small * (1 / share - 1) / ratio))
     return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "predict_seconds": predict_seconds,
             "epochs": [first, second if cfg.stages == 2 else 0],
-            "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds], "train_images_per_second": speed,
-            "precision": str(run.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+            "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds], "train_images_per_second": speed}
 
 
 # ---------------------------------------------------------------------------------------- two stages
@@ -603,6 +609,7 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
     plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
     lib.set_threads(plan.get("threads", 0))
     dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
+    plan |= {"threads": torch.get_num_threads(), "precision": str(dtype).removeprefix("torch.")}
     print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})"
           f"\n{lib.spare_gpus(device, lib.to_flags(cfg, RECIPES[cfg.recipe]))}".rstrip(), flush=True)
     if cfg.clean:
@@ -614,9 +621,10 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
               torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
               is_rare, ranks, lock, plan, neighbours, place)
     if ranks.rank == 0:
+        lib.write_json(state / "plan.json", plan)
         share_decisions(ranks, state)
-    if not plan:
-        plan = make_plan(run)  # by all at once, as all will train at once; rank 0's counts
+    if "epochs" not in plan:
+        plan = make_plan(run)
         if ranks.rank == 0:
             lib.write_json(state / "plan.json", plan)
         share_decisions(ranks, state)

@@ -5,6 +5,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,10 +146,13 @@ def test_no_process_waits_for_anothers_last_network(monkeypatch, world, folds):
     monkeypatch.setattr(solve, "measure_speed", lambda *_: (200.0, 0.6))
     run = SimpleNamespace(images=torch.zeros(2000, 1, 1), test_images=torch.zeros(2000, 1, 1), plan={},
                           masks=torch.ones(2000, 1, 1), is_rare=torch.zeros(5, dtype=torch.bool),
-                          cfg=solve.Config(), dtype=torch.float32, ranks=SimpleNamespace(world=world),
+                          cfg=solve.Config(),
+                          ranks=SimpleNamespace(world=world, barrier=int, gather=lambda v: np.full(world, v)),
                           clock=SimpleNamespace(left=lambda: 3600.0))
     assert solve.make_plan(run)["folds"] == folds
     run.cfg = solve.Config(folds=7)
     assert solve.make_plan(run)["folds"] == 7
     run.cfg = solve.Config(seeds=world)  # 5 folds are shared evenly then
     assert solve.make_plan(run)["folds"] == 5
+    run.ranks.gather = lambda v: np.array([v, v / 2])  # another process has half of everything
+    assert solve.make_plan(run)["train_images_per_second"] == 100
