@@ -412,8 +412,8 @@ def measure_speed(run: Run, width: int) -> tuple[float, float]:
     return speeds[0], 1 - (1 - speeds[0] / speeds[-1]) * run.cfg.small_share
 
 
-# (folds, width, epochs of stage 1 that it needs at least), best first: averaging networks gives 2 to 5
-# points, width less than epochs do (README)
+# (folds, width, epochs of stage 1 that it needs at least), best first: averaging four networks gives about a
+# point, width less than epochs do (README)
 SIZES = ((5, 32, 135), (5, 24, 56), (5, 16, 22), (3, 16, 17), (3, 12, 12), (2, 12, 11), (2, 8, 0))
 
 
@@ -450,11 +450,11 @@ def make_plan(run: Run) -> dict:
             break
     if width != measured:
         speed, small, time_left = measure(width)
-    most = cfg.most_epochs
-    while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= 0.75 * most:
+    enough = 0.75 * cfg.most_epochs
+    while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= enough:
         seeds += 1
     epoch_seconds, predict_seconds, affordable = cost(folds, seeds, speed)
-    first = cfg.epochs or max(1, min(affordable, most))
+    first = cfg.epochs or max(1, min(affordable, cfg.most_epochs))
     ratio = 1.15 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
     second = cfg.epochs or max(1, round(first * small * (1 / share - 1) / ratio))
     return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "predict_seconds": predict_seconds,

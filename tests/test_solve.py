@@ -900,3 +900,23 @@ def test_the_rate_has_fallen_when_the_time_is_up(write_npz, tiny, tmp_path, monk
     history = run.histories[1, 0]
     assert len(history) == epochs and now[0] <= 20.0
     assert history[-1]["lr"] == pytest.approx(run.cfg.lr / (run.cfg.cooldown * epochs))
+
+
+def test_the_first_process_decides_threads_precision_and_plan(write_npz, tiny, tmp_path, monkeypatch):
+    """The second of two processes trains in the precision that the first has chosen, here one that no CPU
+    would choose, and by the plan that the first has written, not by its own."""
+    told = {"threads": 1, "precision": "float16"}
+    made = {"folds": 2, "seeds": 1, "width": 4, "epochs": [1, 1], "epoch_seconds": [1.0, 1.0],
+            "predict_seconds": 1.0, "train_images_per_second": 1.0}
+    written = iter([None, told, {**told, **made}])
+
+    def share(path, progress):
+        if path.name == "plan.json" and (plan := next(written)):
+            lib.write_json(path, plan)
+
+    ranks = SimpleNamespace(world=2, rank=1, barrier=int, share=share, stdout=sys.stdout, sum=lambda a: a,
+                            gather=lambda value: np.full(2, value))
+    monkeypatch.setattr(solve, "make_plan", lambda run: {**run.plan, **made, "width": 99})
+    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST]
+    run = solve.open_run(solve.parse(list(map(str, argv))), ranks)
+    assert (run.dtype, run.plan) == (torch.float16, {**told, **made})
