@@ -700,6 +700,21 @@ def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
     return canvas
 
 
+def surroundings(tiles: np.ndarray, place: np.ndarray, margin: int) -> np.ndarray:
+    """Return tiles (T, H, W) with what lies around them in their frame, (T, H + 2 margin, W + 2 margin).
+    Where nothing is known they are mirrored. place, (3, T), of find_frames; margin, ≥ 1, below H and W."""
+    at = {spot: n for n, spot in enumerate(map(tuple, place.T.tolist())) if spot[0] >= 0}
+    out = np.pad(tiles, ((0, 0), (margin, margin), (margin, margin)), "reflect")
+    sides = {-1: (slice(margin), slice(-margin, None)), 0: (slice(margin, -margin), slice(None)),
+             1: (slice(-margin, None), slice(margin))}  # of the larger image, and of the neighbour's
+    for (frame, row, column), n in at.items():
+        for down, right in itertools.product(sides, sides):
+            other = at.get((frame, row + down, column + right))
+            if other is not None:
+                out[n, sides[down][0], sides[right][0]] = tiles[other, sides[down][1], sides[right][1]]
+    return out
+
+
 def pool_frames(cells: np.ndarray, place: np.ndarray, reach: float) -> np.ndarray:
     """Return for each cell of each tile the mean of cells (T, C, h, w) of its frame's other tiles near it.
 
@@ -1112,6 +1127,18 @@ def decide(probs: np.ndarray, rule, first_class: int) -> np.ndarray:
     return labels
 
 
+def elect(sums: np.ndarray, votes: np.ndarray, voters: int, rare: np.ndarray) -> np.ndarray:
+    """Return labels uint8 (B, H, W): of the rare classes, bool (C,), those that at least half of the voters
+    answer, elsewhere the likeliest of the others.
+
+    A rule that suits single networks, which alone are scored out of fold, is far too strict for their mean:
+    where they disagree it hardly ever reaches a peak. Shape: sums of probabilities and votes (B, C, H, W).
+    """
+    likeliest = np.where(rare[:, None, None], -1, sums.astype(np.int32)).argmax(1)
+    votes = votes * rare[:, None, None]
+    return np.where(2 * votes.max(1).astype(int) >= voters, votes.argmax(1), likeliest).astype(np.uint8)
+
+
 def fit_rule(probs: np.ndarray, masks: np.ndarray) -> list[list[float]]:
     """Return the rule of decide that gives out-of-fold probs the best mean IoU: PLAIN, but for rare classes.
 
@@ -1326,12 +1353,13 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
 
 @torch.inference_mode()
 def predict_probs(models: list[UNet], make_input, num_images: int, device: torch.device, dtype: torch.dtype,
-                  first_class: int, tta: bool, batch_size: int = 0) -> np.ndarray:
+                  first_class: int, tta: bool, margin: int = 0, batch_size: int = 0) -> np.ndarray:
     """Return models' mean class probabilities in 1/255, uint8 (N, classes, H, W), of make_input's images.
 
-    Args: make_input, a function from a slice to a float batch (B, C, H, W) on the device; first_class, the
-    class of the model's first output (1: background is never predicted); tta, mean with the mirrored copy;
-    batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves that fits into memory.
+    Args: make_input, a function from a slice to a float batch (B, C, H + 2 margin, W + 2 margin) on the
+    device; first_class, the class of the model's first output (1: background is never predicted); tta, mean
+    with the mirrored copy; batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves
+    that fits into memory.
     """
     for model in models:
         model.eval()
@@ -1343,7 +1371,8 @@ def predict_probs(models: list[UNet], make_input, num_images: int, device: torch
                 logits = [model(x)[0] for model in models]
                 logits += [model(x.flip(-1))[0].flip(-1) for model in models if tta]
             probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
-            probs = F.pad((probs * 255).round(), (0, 0, 0, 0, first_class, 0)).to(torch.uint8)
+            # negative: the margin is cut off
+            probs = F.pad((probs * 255).round(), (*(-margin,) * 4, first_class, 0)).to(torch.uint8)
             out = np.empty((num_images, *probs.shape[1:]), np.uint8) if i == 0 else out
             out[i:i + batch_size] = probs.cpu().numpy()
             i += batch_size

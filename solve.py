@@ -86,6 +86,7 @@ class Config:
     small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
     stride: int = 2               # side of the blocks of pixels that the network takes as one
     context: bool = True          # the bottleneck hears of the whole image
+    surroundings: bool = True     # where frames are found, networks see pixels of the tiles around theirs
     level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; one level of the network more
 
 
@@ -119,9 +120,9 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     data: lib.Data
-    images: torch.Tensor        # uint8 (N, H, W), on the device
-    test_images: torch.Tensor   # uint8 (M, H, W), on the device; M may be 0
-    masks: torch.Tensor         # int8 (N, H, W), on the device
+    images: torch.Tensor        # uint8 (N, H, W), on the device; once planned, with a margin all around
+    test_images: torch.Tensor   # uint8 (M, H, W), on the device, with the same margin; M may be 0
+    masks: torch.Tensor         # int8 (N, H, W), on the device; nothing is labelled on the margin
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     ranks: lib.Ranks
     lock: object                # keeps other runs out of the folder as long as it lives
@@ -138,6 +139,10 @@ class Run:
     @property
     def folds(self) -> int:
         return self.plan["folds"]
+
+    @property
+    def margin(self) -> int:
+        return self.plan.get("margin", 0)
 
     @property
     def predict_seconds(self) -> float:
@@ -160,7 +165,7 @@ class Run:
 class View:
     """What a network looks at. In stage 2 also what was said there before, and what the frames say."""
 
-    images: torch.Tensor                    # uint8 (N, H, W)
+    images: torch.Tensor                    # uint8 (N, H, W); the margin, if any, is in no other
     paste: float = 0.0                      # share of the images trained on that get patches of rare classes
     cleaned: torch.Tensor | None = None     # masks, uint8 (N, H, W)
     confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, H, W)
@@ -171,7 +176,8 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
     """Return the input batch of the images at index (tensor or slice), float (B, C, H, W).
 
     Stage 1: the standardised image. Stage 2, "correct": also the cleaned mask one-hot, its confidence and the
-    frames' evidence. Stage 2, "background": also a flag, 0 where stage 1 said background and -1 elsewhere.
+    frames' evidence, 0 on the margin. Stage 2, "background": also a flag, 0 where stage 1 said background and
+    -1 elsewhere.
     """
     x = ((view.images[index].float() - run.data.mean) / run.data.std)[:, None]
     if view.cleaned is None:
@@ -180,10 +186,10 @@ def network_input(run: Run, view: View, index) -> torch.Tensor:
     if run.cfg.refine == "background":
         return torch.cat([x, -(cleaned != 0).float()], 1)
     classes = torch.arange(run.cfg.first_class, NUM_CLASSES, device=run.device)[:, None, None]
-    x = torch.cat([x, (cleaned == classes).float(), view.confidence[index][:, None].float() / 255], 1)
-    if view.evidence is None:
-        return x
-    return torch.cat([x, F.interpolate(view.evidence[index] / 3, x.shape[2:], mode="bilinear")], 1)
+    said = [(cleaned == classes).float(), view.confidence[index][:, None].float() / 255]
+    if view.evidence is not None:
+        said.append(F.interpolate(view.evidence[index] / 3, cleaned.shape[2:], mode="bilinear"))
+    return torch.cat([x, F.pad(torch.cat(said, 1), (run.margin,) * 4)], 1)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -391,11 +397,14 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
 
 # ---------------------------------------------------------------------------------------- the plan
 
-def measure_speed(run: Run, width: int) -> tuple[float, float]:
-    """Return the training speed, images/s, of a network of this width, and how long stage 1's mean epoch is,
-    small images or whole, against one of whole images. Timed are six real steps, the median of up to three
-    times, as a moment's disturbance would cost the whole run a quarter of its epochs."""
-    run.plan["width"], whole, speeds = width, (View(run.images), run.masks), []
+def measure_speed(run: Run, width: int, margin: int) -> tuple[float, float]:
+    """Return the training speed, images/s, of a network of this width on images with this margin, and how
+    long stage 1's mean epoch is, small images or whole, against one of whole images. Timed are six real
+    steps, the median of up to three times, as a moment's disturbance would cost the whole run a quarter of
+    its epochs."""
+    run.plan |= {"width": width, "margin": margin}
+    larger = [F.pad(pixels, (margin,) * 4) for pixels in (run.images, run.masks)]  # their values cost nothing
+    whole, speeds = (View(larger[0]), larger[1]), []
     index = torch.arange(len(run.images), device=run.device)
     try:
         parts = new_training(run, 1, 0)
@@ -408,27 +417,30 @@ def measure_speed(run: Run, width: int) -> tuple[float, float]:
             speeds.append(6 * batch_size(run, len(index)) / float(np.median(seconds[1:])))
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
-        return measure_speed(run, width)
+        return measure_speed(run, width, margin)
     return speeds[0], 1 - (1 - speeds[0] / speeds[-1]) * run.cfg.small_share
 
 
-# (folds, width, epochs of stage 1 that it needs at least), best first: averaging four networks gives about a
-# point, width less than epochs do (README)
-SIZES = ((5, 32, 135), (5, 24, 56), (5, 16, 22), (3, 16, 17), (3, 12, 12), (2, 12, 11), (2, 8, 0))
+# (folds, width, margin, epochs of stage 1 that it needs at least), best first: epochs do more than width and
+# folds; what lies around a tile is worth three times the time where there is plenty (README)
+SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (5, 16, 16, 26), (5, 16, 0, 22), (3, 16, 0, 17),
+         (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
 
 def make_plan(run: Run) -> dict:
-    """Return folds, seeds, width and epochs that fit into 15/16 of the time left."""
-    cfg, n, m, world = run.cfg, len(run.images), len(run.test_images), run.ranks.world
+    """Return folds, seeds, width, margin and epochs that fit into 15/16 of the time left."""
+    cfg, world = run.cfg, run.ranks.world
+    (n, height, wide), m = run.images.shape, len(run.test_images)
+    around = cfg.surroundings and run.place is not None and min(height, wide) >= 64
     rare = run.is_rare[run.masks.int()].flatten(1).any(1).float().mean()
     shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
     share = 0.8 if cfg.stages == 2 else 1.0  # of the training time, stage 1's
 
-    def measure(width: int) -> tuple[float, float, float]:
+    def measure(width: int, margin: int) -> tuple[float, float, float]:
         """Return measure_speed's figures and the time left, the worst of all processes, which measure at once
         as they will train at once."""
         run.ranks.barrier()
-        speed, small = (run.ranks.gather(figure) for figure in measure_speed(run, width))
+        speed, small = (run.ranks.gather(figure) for figure in measure_speed(run, width, margin))
         return float(speed.min()), float(small.max()), float(run.ranks.gather(run.clock.left()).min())
 
     def cost(folds: int, seeds: int, speed: float) -> tuple[float, float, int]:
@@ -441,15 +453,17 @@ def make_plan(run: Run) -> dict:
         left = time_left - predict * -(-folds // world) / folds
         return epoch, predict, int(0.9375 * share * left / (-(-folds * seeds // world) * small * epoch))
     measured, seeds = cfg.width or 16, cfg.seeds or 1
-    speed, small, time_left = measure(measured)
-    for folds, width, least in SIZES:
+    speed, small, time_left = measure(measured, 0)
+    for folds, width, margin, least in SIZES:
         if world < 10 and folds * seeds % world:  # no process waits for another's last network
             folds = world * max(1, round(folds / world))
         folds, width = cfg.folds or min(folds, n), cfg.width or width
-        if cost(folds, seeds, speed * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
+        margin *= around
+        area = (height + 2 * margin) * (wide + 2 * margin) / (height * wide)
+        if cost(folds, seeds, speed / area * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
             break
-    if width != measured:
-        speed, small, time_left = measure(width)
+    if (width, margin) != (measured, 0):
+        speed, small, time_left = measure(width, margin)
     enough = 0.75 * cfg.most_epochs
     while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= enough:
         seeds += 1
@@ -457,7 +471,7 @@ def make_plan(run: Run) -> dict:
     first = cfg.epochs or max(1, min(affordable, cfg.most_epochs))
     ratio = 1.15 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
     second = cfg.epochs or max(1, round(first * small * (1 / share - 1) / ratio))
-    return {**run.plan, "folds": folds, "seeds": seeds, "width": width, "predict_seconds": predict_seconds,
+    return {**run.plan, "folds": folds, "seeds": seeds, "predict_seconds": predict_seconds,
             "epochs": [first, second if cfg.stages == 2 else 0],
             "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds], "train_images_per_second": speed}
 
@@ -513,7 +527,7 @@ def predict(run: Run, models: list[lib.UNet], view: View, index=None, tta: bool 
     """Return the networks' mean probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of images at index."""
     index = torch.arange(len(view.images), device=run.device) if index is None else index
     return lib.predict_probs(models, lambda part: network_input(run, view, index[part]), len(index),
-                             run.device, run.dtype, run.cfg.first_class, tta and run.cfg.tta)
+                             run.device, run.dtype, run.cfg.first_class, tta and run.cfg.tta, run.margin)
 
 
 def out_of_fold(run: Run, stage: list[list[lib.UNet]], view: View) -> np.ndarray:
@@ -521,7 +535,7 @@ def out_of_fold(run: Run, stage: list[list[lib.UNet]], view: View) -> np.ndarray
 
     With one split there is none for the images trained on: they get the one there is. Hence folds.
     """
-    n, h, w = run.images.shape
+    n, h, w = run.data.masks.shape
     probs = np.zeros((n, NUM_CLASSES, h, w), np.uint8)
     for fold in run.mine(len(stage)):
         chosen = run.fold_of == fold if run.folds > 1 else np.ones(n, bool)
@@ -565,12 +579,13 @@ def keep_first(run: Run, view: View, before: np.ndarray, probs: np.ndarray) -> n
     return lib.keep_classes(before, probs, run.is_rare.cpu().numpy())
 
 
-def predict_test(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evidence | None,
-                 part: slice) -> np.ndarray:
+def predict_test(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evidence | None, rule,
+                 part: slice) -> tuple[np.ndarray, np.ndarray]:
     """Return the last step's probabilities of a part of the test images, summed over folds, uint16
-    (B, C, H, W). Each step starts from what the same fold's networks said before."""
-    images = run.test_images[part]
-    sums = np.zeros((len(images), NUM_CLASSES, *images.shape[1:]), np.uint16)
+    (B, C, H, W), and how many folds answer each class by a rule of lib.decide, uint8, of the same shape. Each
+    step starts from what the same fold's networks said before."""
+    images, size, classes = run.test_images[part], run.data.masks.shape[1:], np.arange(NUM_CLASSES)
+    sums, votes = (np.zeros((len(images), NUM_CLASSES, *size), kind) for kind in (np.uint16, np.uint8))
     for fold in run.mine(len(stages[0])):
         probs, evidence = predict(run, stages[0][fold], View(images)), None
         if frames:
@@ -580,7 +595,8 @@ def predict_test(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evide
             view = second_view(run, images, probs, evidence)
             probs = keep_first(run, view, probs, predict(run, stages[1][fold], view))
         sums += probs
-    return run.ranks.sum(sums)
+        votes += lib.decide(probs, rule, run.cfg.first_class)[:, None] == classes[:, None, None]
+    return run.ranks.sum(sums), run.ranks.sum(votes)
 
 
 # ---------------------------------------------------------------------------------------- the whole run
@@ -629,13 +645,18 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
             lib.write_json(state / "plan.json", plan)
         share_decisions(ranks, state)
         run.plan = plan = lib.read_json(state / "plan.json")
+    if run.margin:
+        tiles = lib.surroundings(np.concatenate([data.images, data.test_images]), place, run.margin)
+        run.images, run.test_images = torch.from_numpy(tiles).to(device).split([len(data.images),
+                                                                                len(data.test_images)])
+        run.masks = F.pad(run.masks, (run.margin,) * 4)
     frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
     rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)
     seconds = rounds * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + run.predict_seconds
-    print(f"plan: {plan['folds']} folds × {plan['seeds']} seeds, width {plan['width']}, at most "
-          f"{plan['epochs'][0]} + {plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} training "
-          f"images/s on each of {ranks.world} processes: about {seconds / 60:.1f} of the "
+    print(f"plan: {plan['folds']} folds × {plan['seeds']} seeds, width {plan['width']}, margin {run.margin}, "
+          f"at most {plan['epochs'][0]} + {plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} "
+          f"training images/s on each of {ranks.world} processes: about {seconds / 60:.1f} of the "
           f"{max(0, clock.left()) / 60:.1f} minutes left", flush=True)
     return run
 
@@ -682,8 +703,8 @@ def solve(cfg: Config, ranks: lib.Ranks) -> dict:
     end = 0.97 * run.clock.limit - run.predict_seconds
     used = run.clock.used()
     work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
-    run.metrics |= {"recipe": cfg.recipe,
-                    **{key: run.plan[key] for key in ("folds", "seeds", "width", "epochs", "precision")}}
+    shape = ("folds", "seeds", "width", "margin", "epochs", "precision")
+    run.metrics |= {"recipe": cfg.recipe, **{key: run.plan.get(key, 0) for key in shape}}
     # after small images with patches come whole ones as they are: that is what will be predicted
     view = View(run.images, paste=0.0 if run.cfg.small_share else cfg.paste)
     stages = [train_stage(run, 1, view, run.masks, used + (end - used) * work[0] / sum(work))]
@@ -760,9 +781,11 @@ def write_outputs(run: Run, stages: list[list[list[lib.UNet]]]) -> np.ndarray | 
     needed = stages if submitted == "stage2" else stages[:1]
     frames = None if submitted == "stage1" else run.evidence
     for start in range(0, len(run.test_images), 500):  # bounded memory
-        sums = predict_test(run, needed, frames, slice(start, start + 500))
+        part = slice(start, start + 500)
+        sums, votes = predict_test(run, needed, frames, metrics[f"{submitted}_rule"], part)
         if run.ranks.rank == 0:  # one writes
-            parts.append(final_masks(run, sums, metrics[f"{submitted}_rule"]))
+            rare = run.is_rare.cpu().numpy()
+            parts.append(lib.clean_masks(lib.elect(sums, votes, len(stages[0]), rare)))
             sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
     if not parts:  # no test set, or not the one that writes
         return None

@@ -133,9 +133,9 @@ def test_a_disturbed_moment_does_not_shrink_the_plan(monkeypatch):
     monkeypatch.setattr(solve, "halved", lambda *_: (None, None))
     monkeypatch.setattr(solve, "new_training", lambda *_: {})
     monkeypatch.setattr(solve, "train_one_epoch", lambda *_: time.sleep(next(seconds)))
-    run = SimpleNamespace(images=torch.zeros(512, 1, 1), masks=None, device="cpu", plan={},
+    run = SimpleNamespace(images=torch.zeros(512, 1, 1), masks=torch.zeros(512, 1, 1), device="cpu", plan={},
                           cfg=solve.Config())
-    speed, share = solve.measure_speed(run, 4)
+    speed, share = solve.measure_speed(run, 4, 0)
     assert 6 * 32 / 0.1 < speed <= 6 * 32 / 0.01
     assert 1 - run.cfg.small_share < share < 0.8  # small images took a tenth of the time
 
@@ -145,7 +145,7 @@ def test_no_process_waits_for_anothers_last_network(monkeypatch, world, folds):
     """Time enough for five folds: planned are as many as give each of a few processes equally many."""
     monkeypatch.setattr(solve, "measure_speed", lambda *_: (200.0, 0.6))
     run = SimpleNamespace(images=torch.zeros(2000, 1, 1), test_images=torch.zeros(2000, 1, 1), plan={},
-                          masks=torch.ones(2000, 1, 1), is_rare=torch.zeros(5, dtype=torch.bool),
+                          place=None, masks=torch.ones(2000, 1, 1), is_rare=torch.zeros(5, dtype=torch.bool),
                           cfg=solve.Config(),
                           ranks=SimpleNamespace(world=world, barrier=int, gather=lambda v: np.full(world, v)),
                           clock=SimpleNamespace(left=lambda: 3600.0))
@@ -156,3 +156,22 @@ def test_no_process_waits_for_anothers_last_network(monkeypatch, world, folds):
     assert solve.make_plan(run)["folds"] == 5
     run.ranks.gather = lambda v: np.array([v, v / 2])  # another process has half of everything
     assert solve.make_plan(run)["train_images_per_second"] == 100
+
+
+@pytest.mark.parametrize("hours, margin", [(0.3, 0), (1, 16), (4, 32)])
+def test_what_lies_around_a_tile_is_worth_its_time(monkeypatch, hours, margin):
+    """The more time there is, the more of the frame the networks see around a tile; no surroundings, small
+    tiles and tiles without frames leave none. Measured last is what is trained."""
+    asked = []
+    monkeypatch.setattr(solve, "measure_speed", lambda *args: asked.append(args[1:]) or (80.0, 0.6))
+    tiles = torch.zeros(2500, 64, 128)
+    run = SimpleNamespace(images=tiles, test_images=tiles, masks=tiles, plan={}, cfg=solve.Config(),
+                          place=np.zeros((3, 5000), int), is_rare=torch.zeros(5, dtype=torch.bool),
+                          ranks=SimpleNamespace(world=2, barrier=int, gather=lambda v: np.full(2, v)),
+                          clock=SimpleNamespace(left=lambda: 3600.0 * hours))
+    solve.make_plan(run)
+    assert asked[0] == (16, 0) and asked[-1][1] == margin
+    for change in {"cfg": solve.Config(surroundings=False)}, {"place": None}, {"images": tiles[:, :63]}:
+        asked.clear()
+        solve.make_plan(SimpleNamespace(**vars(run) | change))
+        assert {margin for _, margin in asked} == {0}

@@ -139,3 +139,21 @@ def test_odd_sizes(size):
     assert_consistent(found, place)
     if min(size) < 16:
         assert (found < 0).all()
+
+
+def test_surroundings_are_the_pixels_around_a_tile():
+    """On a frame cut by hand: pixels of all eight neighbours, mirrored ones beyond the frame and where a tile
+    is missing; a tile of no frame is mirrored all around."""
+    frame = np.random.default_rng(0).integers(0, 256, (3 * 16, 3 * 32), dtype=np.uint8)
+    place = np.array([(0, r, c) for r in range(3) for c in range(3) if (r, c) != (1, 2)] + [(-1, 0, 0)]).T
+    tiles = np.stack([frame[r * 16:r * 16 + 16, c * 32:c * 32 + 32] for _, r, c in place.T])
+    larger = lib.surroundings(tiles, place, 4)
+    assert larger.shape == (9, 24, 40) and larger.dtype == np.uint8
+    middle = larger[4]  # row 1, column 1: all but the tile to its right are there
+    np.testing.assert_array_equal(middle[:, :-4], frame[12:36, 28:64])
+    np.testing.assert_array_equal(middle[4:-4, -4:], tiles[4][:, -2:-6:-1])
+    np.testing.assert_array_equal(middle[:4, -4:], frame[12:16, 64:68])
+    corner = larger[0]
+    np.testing.assert_array_equal(corner[4:, 4:], frame[:20, :36])
+    np.testing.assert_array_equal(corner[:4, 4:-4], tiles[0][4:0:-1])
+    np.testing.assert_array_equal(larger[8], np.pad(tiles[8], 4, "reflect"))

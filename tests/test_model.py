@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -307,7 +308,7 @@ def test_probabilities_by_hand(tta):
     stays 0."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
     got = lib.predict_probs(
-        [Ramp()], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, 2
+        [Ramp()], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, batch_size=2
     )
     probs = Ramp()(images)[0].softmax(1)
     if tta:
@@ -315,6 +316,15 @@ def test_probabilities_by_hand(tta):
     assert got.shape == (5, 4, 4, 6) and got.dtype == "uint8"
     assert (got[:, 0] == 0).all()
     assert (torch.from_numpy(got[:, 1:]) - probs * 255).abs().max() <= 0.501
+
+
+def test_the_margin_is_cut_off():
+    """Of images that are larger by a margin come the probabilities of what is inside it."""
+    images = torch.randn(3, 1, 10, 14, generator=torch.Generator().manual_seed(0))
+    rest = 3, torch.device("cpu"), torch.float32, 1, True
+    whole, inside = (lib.predict_probs([Ramp()], lambda part: images[part], *rest, m) for m in (0, 3))
+    assert inside.shape == (3, 4, 4, 8)
+    np.testing.assert_array_equal(inside, whole[..., 3:-3, 3:-3])
 
 
 class Small(Ramp):
@@ -330,7 +340,9 @@ def test_prediction_halves_a_batch_that_does_not_fit(capsys):
     """Out of memory at 8 and at 4 images: 2 at a time give the same probabilities, and it is said."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
     plain, small = (
-        lib.predict_probs([net], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, True, 8)
+        lib.predict_probs(
+            [net], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, True, batch_size=8
+        )
         for net in (Ramp(), Small())
     )
     assert (plain == small).all()

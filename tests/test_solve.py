@@ -22,7 +22,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, tiny_arrays
+from test_frames import cut_frames
 from test_metric import keras_mean_iou
 
 import lib
@@ -414,16 +416,18 @@ def test_test_labels_are_scored(run):
 
 
 def test_one_stage_is_the_mean_over_folds(tmp_path):
-    """--stages 1: the submission is what the rule of the report makes of both networks' probabilities,
-    recomputed from their files, cleaned."""
+    """--stages 1: the submission is what both networks' probabilities say together, recomputed from their
+    files, and where big rock is what one of the two answers by the rule of the report, cleaned."""
     status, _, err = start(["--data", write(tmp_path), "--out", tmp_path / "out", "--stages", "1", *FAST])
     assert status == 0, err
     assert not list((tmp_path / "out" / "state").glob("stage2*"))
     images = tiny_arrays()["test_set"]
-    total = sum(probabilities(tmp_path / "out", 1, fold, images) for fold in (0, 1))
+    each = np.stack([probabilities(tmp_path / "out", 1, fold, images) for fold in (0, 1)])
     rule = strict_json(tmp_path / "out" / "metrics.json")["stage1_rule"]
-    total = np.pad(total, ((0, 0), (1, 0), (0, 0), (0, 0)))
-    want = lib.clean_masks(lib.decide(total, rule, 1)).reshape(6, -1)
+    each = np.pad(each, ((0, 0), (0, 0), (1, 0), (0, 0), (0, 0)))
+    rock = np.stack([lib.decide(probs, rule, 1) == 4 for probs in each]).any(0)
+    want = np.where(rock, 4, each.sum(0)[:, :4].argmax(1)).astype(np.uint8)
+    want = lib.clean_masks(want).reshape(6, -1)
     got = lib.check_submission(tmp_path / "out" / "submission.csv", 6, 32 * 64)
     assert (got == want).mean() > 0.998  # rounding of 1/255 may tip a pixel
 
@@ -458,9 +462,16 @@ def test_sums_of_folds_do_not_overflow(monkeypatch):
     said = np.full((2, 5, 4, 4), 200, np.uint8)
     monkeypatch.setattr(solve, "predict", lambda *_: said.copy())
     tiles = torch.zeros(2, 4, 4, dtype=torch.uint8)
-    run = SimpleNamespace(test_images=tiles, ranks=lib.Ranks(), mine=range)
-    sums = solve.predict_test(run, [[[None]] * 3], None, slice(0, 2))
+    run = SimpleNamespace(
+        test_images=tiles,
+        ranks=lib.Ranks(),
+        mine=range,
+        cfg=solve.Config(),
+        data=SimpleNamespace(masks=tiles),
+    )
+    sums, votes = solve.predict_test(run, [[[None]] * 3], None, lib.PLAIN, slice(0, 2))
     assert sums.dtype == np.uint16 and (sums == 600).all()
+    assert (votes == (np.arange(5) == 1)[:, None, None] * 3).all()  # of equals the first
 
 
 def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
@@ -476,9 +487,16 @@ def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
     first, second = np.pad(probs, [(0, 0)] * 4 + [(1, 0)]).round().astype(np.uint8).transpose(0, 1, 4, 2, 3)
     monkeypatch.setattr(solve, "predict", lambda run, models, *_: models[0])
     tiles, is_rare = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.arange(5) == 4
-    fake = SimpleNamespace(test_images=tiles, ranks=lib.Ranks(), mine=range, cfg=solve.Config(),
-                           is_rare=is_rare, device=torch.device("cpu"))
-    sums = solve.predict_test(fake, [[[first]] * 2, [[second]] * 2], None, slice(0, 2))
+    fake = SimpleNamespace(
+        test_images=tiles,
+        ranks=lib.Ranks(),
+        mine=range,
+        cfg=solve.Config(),
+        is_rare=is_rare,
+        device=torch.device("cpu"),
+        data=SimpleNamespace(masks=tiles),
+    )
+    sums, _ = solve.predict_test(fake, [[[first]] * 2, [[second]] * 2], None, lib.PLAIN, slice(0, 2))
     np.testing.assert_array_equal(sums[:, 4], 2 * first[:, 4].astype(int))
     share = (255.0 - first[:, 4:]) / second[:, 1:4].sum(1, keepdims=True)
     np.testing.assert_allclose(sums[:, 1:4], 2 * share * second[:, 1:4], atol=1.01)
@@ -920,3 +938,32 @@ def test_the_first_process_decides_threads_precision_and_plan(write_npz, tiny, t
     argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST]
     run = solve.open_run(solve.parse(list(map(str, argv))), ranks)
     assert (run.dtype, run.plan) == (torch.float16, {**told, **made})
+
+
+def test_networks_see_around_their_tile(tmp_path, monkeypatch):
+    """Where frames are found a run of both stages sees each tile with a margin of its neighbours' pixels, on
+    which nothing is labelled and for which nothing is submitted; Config.surroundings turns it off."""
+    images, _ = cut_frames(6, 3, 2, 64, 128)
+    masks = (1 + (images > 110)).astype(np.uint8)
+    file = write(tmp_path, training_set=np.stack([images[:24], masks[:24]], 1), test_set=images[24:],
+                 test_labels=masks[24:])
+    seen, real = [], solve.write_outputs
+    monkeypatch.setattr(solve, "write_outputs", lambda run, stages: seen.append(run) or real(run, stages))
+    argv = ["--data", file, "--out", tmp_path / "out", *FAST]
+    status, out, err = start(argv)
+    assert status == 0, err
+    run, metrics = seen[0], strict_json(tmp_path / "out" / "metrics.json")
+    assert run.margin == metrics["margin"] == 32 and "margin 32" in out
+    tiles = torch.cat([run.images, run.test_images])
+    np.testing.assert_array_equal(tiles, lib.surroundings(images, run.place, 32))
+    assert (run.neighbours >= 0).any(1).mean() > 0.8  # else there is nothing to see
+    assert run.masks[:, 32:-32, 32:-32].min() > 0 == F.pad(run.masks, (-32,) * 4).sum() - run.masks.sum()
+    assert {"stage1", "frames", "stage2"} <= set(run.labels) and metrics["test_miou"] > 0.3
+    view = solve.second_view(run, run.images, np.full((24, 5, 64, 128), 51, np.uint8), run.evidence.known)
+    x = solve.network_input(run, view, slice(2))
+    assert x.shape == (2, 1 + 4 + 1 + 8, 128, 192) and x[:, 1:, :32].abs().max() == 0
+    inside = solve.network_input(dataclasses.replace(run, plan=run.plan | {"margin": 0}),
+                                 dataclasses.replace(view, images=view.images[:, 32:-32, 32:-32]), slice(2))
+    assert torch.equal(x[..., 32:-32, 32:-32], inside)
+    alone = dataclasses.replace(run.cfg, surroundings=False, out=str(tmp_path / "alone"))
+    assert solve.open_run(alone).images.shape == (24, 64, 128)
