@@ -1127,16 +1127,20 @@ def decide(probs: np.ndarray, rule, first_class: int) -> np.ndarray:
     return labels
 
 
-def elect(sums: np.ndarray, votes: np.ndarray, voters: int, rare: np.ndarray) -> np.ndarray:
-    """Return labels uint8 (B, H, W): of the rare classes, bool (C,), those that at least half of the voters
-    answer, elsewhere the likeliest of the others.
+def elect(sums: np.ndarray, votes: np.ndarray, voters: int, rare: np.ndarray, first_class: int) -> np.ndarray:
+    """Return labels uint8 (B, H, W): a rare class, bool (C,), that at least half of the voters, and never a
+    single one of several, answer; elsewhere the likeliest of the others from first_class on.
 
     A rule that suits single networks, which alone are scored out of fold, is far too strict for their mean:
     where they disagree it hardly ever reaches a peak. Shape: sums of probabilities and votes (B, C, H, W).
     """
-    likeliest = np.where(rare[:, None, None], -1, sums.astype(np.int32)).argmax(1)
-    votes = votes * rare[:, None, None]
-    return np.where(2 * votes.max(1).astype(int) >= voters, votes.argmax(1), likeliest).astype(np.uint8)
+    common = np.flatnonzero(~rare[first_class:]) + first_class
+    labels = common[sums[:, common].argmax(1)].astype(np.uint8)
+    most = np.full(labels.shape, max(min(voters, 2), -(-voters // 2)) - 1)
+    for c in np.flatnonzero(rare):  # of equals the first
+        labels[votes[:, c] > most] = c
+        most = np.maximum(most, votes[:, c])
+    return labels
 
 
 def fit_rule(probs: np.ndarray, masks: np.ndarray) -> list[list[float]]:

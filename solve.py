@@ -122,7 +122,7 @@ class Run:
     data: lib.Data
     images: torch.Tensor        # uint8 (N, H, W), on the device; once planned, with a margin all around
     test_images: torch.Tensor   # uint8 (M, H, W), on the device, with the same margin; M may be 0
-    masks: torch.Tensor         # int8 (N, H, W), on the device; nothing is labelled on the margin
+    masks: torch.Tensor         # int8 (N, H, W), on the device; with that margin too, of -1: ignored
     is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     ranks: lib.Ranks
     lock: object                # keeps other runs out of the folder as long as it lives
@@ -165,7 +165,7 @@ class Run:
 class View:
     """What a network looks at. In stage 2 also what was said there before, and what the frames say."""
 
-    images: torch.Tensor                    # uint8 (N, H, W); the margin, if any, is in no other
+    images: torch.Tensor                    # uint8 (N, H, W), with the run's margin; the others have none
     paste: float = 0.0                      # share of the images trained on that get patches of rare classes
     cleaned: torch.Tensor | None = None     # masks, uint8 (N, H, W)
     confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, H, W)
@@ -422,7 +422,7 @@ def measure_speed(run: Run, width: int, margin: int) -> tuple[float, float]:
 
 
 # (folds, width, margin, epochs of stage 1 that it needs at least), best first: epochs do more than width and
-# folds; what lies around a tile is worth three times the time where there is plenty (README)
+# folds; where there is plenty of time, what lies around a tile is worth three times as much of it (README)
 SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (5, 16, 16, 26), (5, 16, 0, 22), (3, 16, 0, 17),
          (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
@@ -449,7 +449,7 @@ def make_plan(run: Run) -> dict:
         part = 1 / folds if folds > 1 else 1 / 7
         epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
         passes = seeds * (cfg.stages * (1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
-        predict = 0.35 * passes / speed + 1e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
+        predict = 0.35 * passes / speed + 3e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
         left = time_left - predict * -(-folds // world) / folds
         return epoch, predict, int(0.9375 * share * left / (-(-folds * seeds // world) * small * epoch))
     measured, seeds = cfg.width or 16, cfg.seeds or 1
@@ -459,6 +459,7 @@ def make_plan(run: Run) -> dict:
             folds = world * max(1, round(folds / world))
         folds, width = cfg.folds or min(folds, n), cfg.width or width
         margin *= around
+        least = max(least, cfg.epochs) if margin else least  # what is asked for comes first
         area = (height + 2 * margin) * (wide + 2 * margin) / (height * wide)
         if cost(folds, seeds, speed / area * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
             break
@@ -649,7 +650,7 @@ def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
         tiles = lib.surroundings(np.concatenate([data.images, data.test_images]), place, run.margin)
         run.images, run.test_images = torch.from_numpy(tiles).to(device).split([len(data.images),
                                                                                 len(data.test_images)])
-        run.masks = F.pad(run.masks, (run.margin,) * 4)
+        run.masks = F.pad(run.masks, (run.margin,) * 4, value=-1)
     frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
     run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
     rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)
@@ -686,7 +687,7 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, end: float)
     if run.cfg.stages == 1:
         return []
     view = second_view(run, run.images, probs, run.evidence and run.evidence.known)
-    ignored, parents = run.is_rare[run.masks.int()], first
+    ignored, parents = run.is_rare[run.masks.clamp_min(0).int()], first
     if run.cfg.refine == "background":
         ignored, parents = view.cleaned != 0, None
     second = train_stage(run, 2, view, torch.where(ignored, -1, run.masks), end, parents)
@@ -776,16 +777,18 @@ def write_outputs(run: Run, stages: list[list[list[lib.UNet]]]) -> np.ndarray | 
     metrics, file, parts, sure = run.metrics, run.state.parent / "submission.csv", [], []
     steps = [*run.labels] if run.cfg.refine == "correct" else [*run.labels][-1:]  # as published: the last
     best = max(steps, key=lambda name: metrics[f"{name}_miou"])
-    # rank 0's choice: elsewhere the last bit of a score may differ
+    # rank 0's choice and rule: elsewhere the last bit of a score may differ
     submitted = metrics["submitted"] = steps[int(run.ranks.gather(steps.index(best))[0])]
+    rule = run.ranks.sum(np.array(metrics[f"{submitted}_rule"]) * (run.ranks.rank == 0))
     needed = stages if submitted == "stage2" else stages[:1]
     frames = None if submitted == "stage1" else run.evidence
     for start in range(0, len(run.test_images), 500):  # bounded memory
         part = slice(start, start + 500)
-        sums, votes = predict_test(run, needed, frames, metrics[f"{submitted}_rule"], part)
+        sums, votes = predict_test(run, needed, frames, rule, part)
         if run.ranks.rank == 0:  # one writes
             rare = run.is_rare.cpu().numpy()
-            parts.append(lib.clean_masks(lib.elect(sums, votes, len(stages[0]), rare)))
+            labels = lib.elect(sums, votes, len(stages[0]), rare, run.cfg.first_class)
+            parts.append(lib.clean_masks(labels))
             sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
     if not parts:  # no test set, or not the one that writes
         return None

@@ -171,6 +171,9 @@ def test_what_lies_around_a_tile_is_worth_its_time(monkeypatch, hours, margin):
                           clock=SimpleNamespace(left=lambda: 3600.0 * hours))
     solve.make_plan(run)
     assert asked[0] == (16, 0) and asked[-1][1] == margin
+    run.cfg = solve.Config(folds=4, width=16, epochs=60)  # in four hours they leave time for all, in one not
+    solve.make_plan(run)
+    assert asked[-1][1] == (32 if hours == 4 else 0)
     for change in {"cfg": solve.Config(surroundings=False)}, {"place": None}, {"images": tiles[:, :63]}:
         asked.clear()
         solve.make_plan(SimpleNamespace(**vars(run) | change))

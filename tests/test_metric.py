@@ -240,23 +240,30 @@ def test_a_fold_without_labels_does_not_take_the_spread_along():
 
 
 def test_rare_classes_are_elected():
-    """A rare class needs half of the voters, whatever the sums say; elsewhere the likeliest other class."""
+    """A rare class needs half of the voters, two at least if there are two, whatever the sums say; elsewhere
+    the likeliest other class counts, never the background that nobody learnt."""
     sums = np.array([0, 9, 5, 0, 99], np.uint16)[None, :, None, None].repeat(5, 3)
     votes = np.zeros((1, 5, 1, 5), np.uint8)
     votes[0, 4, 0] = range(5)
     votes[0, 2, 0] = 4 - votes[0, 4, 0]  # of a common class nobody counts them
     rare = np.arange(5) == 4
-    assert lib.elect(sums, votes, 4, rare)[0, 0].tolist() == [1, 1, 4, 4, 4]
-    assert lib.elect(sums, votes, 5, rare)[0, 0].tolist() == [1, 1, 1, 4, 4]
-    assert lib.elect(sums, votes, 4, rare & False)[0, 0].tolist() == [4] * 5
-    assert lib.elect(sums, votes, 1, rare).dtype == np.uint8
+    assert lib.elect(sums, votes, 1, rare, 1)[0, 0].tolist() == [1, 4, 4, 4, 4]
+    assert lib.elect(sums, votes, 2, rare, 1)[0, 0].tolist() == [1, 1, 4, 4, 4]
+    assert lib.elect(sums, votes, 4, rare, 1)[0, 0].tolist() == [1, 1, 4, 4, 4]
+    assert lib.elect(sums, votes, 5, rare, 1)[0, 0].tolist() == [1, 1, 1, 4, 4]
+    assert lib.elect(sums, votes, 4, rare & False, 1)[0, 0].tolist() == [4] * 5
+    assert lib.elect(sums * 0, votes, 9, np.arange(5) != 2, 1)[0, 0].tolist() == [2] * 5
+    assert lib.elect(sums, votes, 4, np.arange(5) == 2, 1)[0, 0].tolist() == [2, 2, 2, 4, 4]
+    assert lib.elect(sums, votes, 4, np.isin(range(5), (2, 4)), 1)[0, 0].tolist() == [2, 2, 2, 4, 4]
+    assert lib.elect(sums, votes, 1, rare, 0).dtype == np.uint8
 
 
 @pytest.mark.parametrize("peak", [0.0, 0.8])
-def test_one_voter_decides_as_alone(peak):
+@pytest.mark.parametrize("first_class", [0, 1])
+def test_one_voter_decides_as_alone(peak, first_class):
     """Of one network the election changes nothing."""
-    probs = np.random.default_rng(0).dirichlet([0.3] * 4, (3, 8, 16)).transpose(0, 3, 1, 2)
-    probs = np.pad((255 * probs).round().astype(np.uint8), [(0, 0), (1, 0), (0, 0), (0, 0)])
-    labels = lib.decide(probs, [[1, 1, 1, 1, 2], [0, 0, 0, 0, peak]], 1)
+    probs = np.random.default_rng(0).dirichlet([0.3] * 5, (3, 8, 16)).transpose(0, 3, 1, 2)
+    probs = (255 * probs).round().astype(np.uint8)
+    labels = lib.decide(probs, [[1, 1, 1, 1, 2], [0, 0, 0, 0, peak]], first_class)
     votes = (labels[:, None] == np.arange(5)[:, None, None]).astype(np.uint8)
-    np.testing.assert_array_equal(lib.elect(probs, votes, 1, np.arange(5) == 4), labels)
+    np.testing.assert_array_equal(lib.elect(probs, votes, 1, np.arange(5) == 4, first_class), labels)
