@@ -243,7 +243,8 @@ def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, tr
     return the mean loss. Nothing waits for the device inside."""
     cfg, gen = run.cfg, lib.generator(run.device, run.cfg.seed, *key)
     model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
-    donors = train_index[run.is_rare[targets[train_index].clamp_min(0).int()].flatten(1).any(1)]
+    shown = targets[train_index].flatten(1)
+    donors = train_index[sum(((shown == c).any(1) for c in run.is_rare.nonzero()), train_index < 0)]
     order = torch.cat([train_index, donors.repeat(cfg.rare_repeat - 1)])
     order = order[torch.randperm(len(order), device=run.device, generator=gen)]
     total, before = torch.zeros((), device=run.device), int(model.encoder[0][1].num_batches_tracked)
@@ -400,8 +401,8 @@ def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadl
 def measure_speed(run: Run, width: int, margin: int) -> tuple[float, float]:
     """Return the training speed, images/s, of a network of this width on images with this margin, and how
     long stage 1's mean epoch is, small images or whole, against one of whole images. Timed are six real
-    steps, the median of up to three times, as a moment's disturbance would cost the whole run a quarter of
-    its epochs."""
+    steps after three, the fastest of up to three times: what disturbs a moment is not to shrink the whole
+    run, and where all is slower than this the schedule shrinks in time."""
     run.plan |= {"width": width, "margin": margin}
     larger = [F.pad(pixels, (margin,) * 4) for pixels in (run.images, run.masks)]  # their values cost nothing
     whole, speeds = (View(larger[0]), larger[1]), []
@@ -410,11 +411,11 @@ def measure_speed(run: Run, width: int, margin: int) -> tuple[float, float]:
         parts = new_training(run, 1, 0)
         for seen in (whole, halved(run, *whole)) if run.cfg.small_share else (whole,):
             seconds = []
-            while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 6:  # large images: once is enough
-                start, steps = time.perf_counter(), 6 if seconds else 1  # the first step warms up
+            while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 15:  # large images: once is enough
+                start, steps = time.perf_counter(), 6 if seconds else 3  # the first steps find their memory
                 train_one_epoch(run, parts, *seen, index, (0, 0, 0), steps)
                 seconds.append(time.perf_counter() - start)
-            speeds.append(6 * batch_size(run, len(index)) / float(np.median(seconds[1:])))
+            speeds.append(6 * batch_size(run, len(index)) / min(seconds[1:]))
     except RuntimeError as e:
         run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
         return measure_speed(run, width, margin)
@@ -423,7 +424,7 @@ def measure_speed(run: Run, width: int, margin: int) -> tuple[float, float]:
 
 # (folds, width, margin, epochs of stage 1 that it needs at least), best first: epochs do more than width and
 # folds; where there is plenty of time, what lies around a tile is worth three times as much of it (README)
-SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (5, 16, 16, 26), (5, 16, 0, 22), (3, 16, 0, 17),
+SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (5, 16, 16, 40), (5, 16, 0, 22), (3, 16, 0, 17),
          (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
 
@@ -470,7 +471,7 @@ def make_plan(run: Run) -> dict:
         seeds += 1
     epoch_seconds, predict_seconds, affordable = cost(folds, seeds, speed)
     first = cfg.epochs or max(1, min(affordable, cfg.most_epochs))
-    ratio = 1.15 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
+    ratio = 1.5 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
     second = cfg.epochs or max(1, round(first * small * (1 / share - 1) / ratio))
     return {**run.plan, "folds": folds, "seeds": seeds, "predict_seconds": predict_seconds,
             "epochs": [first, second if cfg.stages == 2 else 0],
