@@ -53,7 +53,7 @@ class Config:
                          group="engine")
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
                             ("auto", "bfloat16", "float16", "float32").__contains__)
-    folds: int = option(0, "parts, each validates networks that never saw it; 1: one 15 %% split",
+    folds: int = option(0, "parts, each validates networks taught none of its labels; 1: one 15 %% split",
                         lambda value: 0 <= value <= 99,
                         group="size of the work; 0: planned from the measured speed and --max-hours")
     seeds: int = option(0, "networks of each fold and stage, whose mean counts", lambda v: 0 <= v <= 99)
@@ -533,7 +533,7 @@ def predict(run: Run, models: list[lib.UNet], view: View, index=None, tta: bool 
 
 
 def out_of_fold(run: Run, stage: list[list[lib.UNet]], view: View) -> np.ndarray:
-    """Return each training image's probabilities, uint8 (N, C, H, W), from networks that never saw it.
+    """Return each training image's probabilities, uint8 (N, C, H, W), of networks taught none of its labels.
 
     With one split there is none for the images trained on: they get the one there is. Hence folds.
     """
