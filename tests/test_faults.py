@@ -208,7 +208,7 @@ def test_30_not_a_number_for_ever(argv, monkeypatch):
 
 def test_30_not_a_number_from_the_second_epoch_on(argv, monkeypatch):
     """A network that has an epoch behind it stays as it was, and the run ends well."""
-    nan_loss(monkeypatch, *range(32, 111))
+    nan_loss(monkeypatch, *range(34, 113))
     finished(argv, "epoch 2: the loss is not finite, three times: the network stays as it was")
 
 
@@ -224,7 +224,7 @@ def test_a_submission_if_an_epoch_cannot_be_done(argv, monkeypatch, calls, said)
 
 def test_30_half_the_rate(argv, monkeypatch):
     """The epoch that went wrong is done again at half the rate, from the last good weights."""
-    nan_loss(monkeypatch, 20)  # 19 steps are the plan's measurement
+    nan_loss(monkeypatch, 22)  # 21 steps are the plan's measurement
     out = finished([*argv, "--folds", "2"], "again from the last good one, at half the rate")
     rates = [float(rate) for rate in re.findall(r"stage 1  fold 0  epoch \d.*  lr ([\d.e-]+)", out)]
     assert rates[0] == pytest.approx(0.01) and len(rates) == 2
