@@ -782,12 +782,11 @@ def write_outputs(run: Run, stages: list[list[list[lib.UNet]]]) -> np.ndarray | 
     submitted = metrics["submitted"] = steps[int(run.ranks.gather(steps.index(best))[0])]
     rule = run.ranks.sum(np.array(metrics[f"{submitted}_rule"]) * (run.ranks.rank == 0))
     needed = stages if submitted == "stage2" else stages[:1]
-    frames = None if submitted == "stage1" else run.evidence
+    frames, rare = None if submitted == "stage1" else run.evidence, run.is_rare.cpu().numpy()
     for start in range(0, len(run.test_images), 500):  # bounded memory
         part = slice(start, start + 500)
         sums, votes = predict_test(run, needed, frames, rule, part)
         if run.ranks.rank == 0:  # one writes
-            rare = run.is_rare.cpu().numpy()
             labels = lib.elect(sums, votes, len(stages[0]), rare, run.cfg.first_class)
             parts.append(lib.clean_masks(labels))
             sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))

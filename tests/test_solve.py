@@ -967,3 +967,24 @@ def test_networks_see_around_their_tile(tmp_path, monkeypatch):
     assert torch.equal(x[..., 32:-32, 32:-32], inside)
     alone = dataclasses.replace(run.cfg, surroundings=False, out=str(tmp_path / "alone"))
     assert solve.open_run(alone).images.shape == (24, 64, 128)
+
+
+def test_images_of_rare_classes_are_shown_again(tmp_path, tiny, write_npz, monkeypatch):
+    """An epoch shows an image with a rare class rare_repeat times, others once; those are the donors."""
+    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST]
+    run = solve.open_run(solve.parse(list(map(str, argv))))
+    run.masks[:] = 1
+    run.masks[3, 5, 5], run.masks[4, :9, 0], run.masks[7, 0, 0] = 4, 2, -1
+    run.is_rare, shown = torch.isin(torch.arange(5), torch.tensor([2, 4])), []
+    real = solve.training_batch
+
+    def batch(run, view, targets, index, donors, gen):
+        shown.extend(index.tolist())
+        assert donors.tolist() == [3, 4]
+        return real(run, view, targets, index, donors, gen)
+
+    monkeypatch.setattr(solve, "training_batch", batch)
+    parts, every = solve.new_training(run, 1, 0), torch.arange(len(run.images))
+    solve.train_one_epoch(run, parts, solve.View(run.images), run.masks, every, (1, 0, 1))
+    counts = np.bincount(shown)
+    assert counts[[3, 4]].tolist() == [8, 8] and (np.delete(counts, [3, 4]) == 1).all()
