@@ -9,8 +9,8 @@
     7. loss          focal loss
     8. morphology    opening and closing per class
     9. metric        confusion matrix, the competition's mean IoU and the paper's
-    10. engine       flags, clock, device, precision, prediction
-    11. ranks        the processes that torchrun started share folds and files
+    10. engine       flags, clock, devices, workers, a network in training, prediction
+    11. ranks        the processes that torchrun started
     12. checkpoints  atomic files that know their own checksum
     13. submission   the CSV as bytes, and its checker
     14. report       one self-contained HTML page
@@ -22,7 +22,10 @@ from __future__ import annotations
 
 import argparse
 import base64
+import collections
+import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -42,9 +45,8 @@ import sys
 import threading
 import time
 import timeit
+import traceback
 import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,7 +54,6 @@ import cv2
 import numpy as np
 import pandas as pd
 import scipy.ndimage
-import scipy.sparse.csgraph
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -64,6 +65,7 @@ PALETTE = np.array([(32, 32, 36), (150, 85, 25), (86, 150, 210), (240, 205, 110)
 PLAIN = [[1.0] * NUM_CLASSES, [0.0] * NUM_CLASSES]  # the rule of decide that takes the likeliest class
 KEYS = ("training_set", "test_set", "test_labels")  # of the competition's file
 KAGGLE_INPUT = Path("/kaggle/input")  # read-only; an earlier run's output comes back there
+SAVE_SECONDS = 30  # between two checkpoints of a network
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
 
 
@@ -300,7 +302,7 @@ def mask_copies(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
     return copies
 
 
-def match(images: np.ndarray, template: np.ndarray, tilts: range) -> np.ndarray:
+def match(images: np.ndarray, template: np.ndarray, tilts: range, pmap=map) -> np.ndarray:
     """Return the best correlation, (N,), with template mirrored, in three scales and the tilts (degrees).
 
     It is Fisher's atanh of TM_CCOEFF_NORMED, unbounded, so that z tells a copy (.99) from a likeness.
@@ -317,12 +319,11 @@ def match(images: np.ndarray, template: np.ndarray, tilts: range) -> np.ndarray:
     def best(image: np.ndarray) -> float:
         return max((cv2.matchTemplate(image, view, cv2.TM_CCOEFF_NORMED).max() for view in views), default=0)
 
-    with ThreadPoolExecutor() as pool:  # OpenCV lets go of the interpreter's lock
-        return np.arctanh(np.clip(np.nan_to_num(list(pool.map(best, images))), -0.999, 0.999))
+    return np.arctanh(np.clip(np.nan_to_num(list(pmap(best, images))), -0.999, 0.999))
 
 
 def discover_templates(images: np.ndarray, labelled: np.ndarray, suspects: np.ndarray,
-                       seed: int) -> list[np.ndarray]:
+                       seed: int, pmap=map) -> list[np.ndarray]:
     """Return at most 4 windows (WINDOW, WINDOW), each common to several suspects.
 
     Args: images and labelled, 0 to 1, shrunk; suspects, bool (N,), named by others, count double among the
@@ -343,7 +344,8 @@ def discover_templates(images: np.ndarray, labelled: np.ndarray, suspects: np.nd
     for i in order[:count:max(1, count // 40)][:40]:
         y, x = np.unravel_index(corner[i].argmax(), corner[i].shape)
         windows.append(images[i, y:y + WINDOW, x:x + WINDOW])
-        z = robust_z(match(images[np.append(others, tested)], windows[-1], range(-45, 46, 30)), len(others))
+        scores = match(images[np.append(others, tested)], windows[-1], range(-45, 46, 30), pmap)
+        z = robust_z(scores, len(others))
         hits.append((z[len(others):] > 6) & (tested != i))
     hits = np.array(hits)
     while len(found) < 4 and hits.sum(1).max() >= 3:
@@ -354,7 +356,7 @@ def discover_templates(images: np.ndarray, labelled: np.ndarray, suspects: np.nd
 
 
 def template_scores(images: np.ndarray, masks: np.ndarray, suspects: np.ndarray,
-                    template: np.ndarray | None = None, seed: int = 0) -> np.ndarray | None:
+                    template: np.ndarray | None = None, seed: int = 0, pmap=map) -> np.ndarray | None:
     """Return the robust z, (N,), of each image's best correlation with a template; None if none was found.
 
     Args: suspects, bool (N,); template, (h, w) in the images' pixels, or None: discovered.
@@ -366,7 +368,7 @@ def template_scores(images: np.ndarray, masks: np.ndarray, suspects: np.ndarray,
     # less the local mean, shadows go and drawing stays: recall at precision .9 from .59 to .84
     small = np.stack([image - cv2.blur(image, (11, 11)) for image in small])
     if template is None:
-        templates = discover_templates(small, shrink(masks > 0), suspects, seed)
+        templates = discover_templates(small, shrink(masks > 0), suspects, seed, pmap)
     else:
         (height, width), template = template.shape, np.nan_to_num(np.float32(template))
         _refuse(f"the template {height}×{width}",
@@ -375,11 +377,12 @@ def template_scores(images: np.ndarray, masks: np.ndarray, suspects: np.ndarray,
         size = [max(4, round(n * SHORT_SIDE / min(images.shape[1:]))) for n in (width, height)]
         template = cv2.resize(template, size, interpolation=cv2.INTER_AREA)
         templates = [template - cv2.blur(template, (11, 11))]
-    scores = [robust_z(match(small, one, range(-45, 46, 15))) for one in templates]
+    scores = [robust_z(match(small, one, range(-45, 46, 15), pmap)) for one in templates]
     return np.max(scores, axis=0) if scores else None
 
 
-def autoencoder_scores(images: np.ndarray, masks: np.ndarray, seed: int = 0) -> np.ndarray | None:
+def autoencoder_scores(images: np.ndarray, masks: np.ndarray, seed: int = 0,
+                       pmap=map) -> np.ndarray | None:
     """Return the sum, (N,), of robust z's of two signs of the strange; None if the training diverged.
 
     Each is taken at an image's highest place: the log of the reconstruction error, and that of the distance
@@ -413,8 +416,9 @@ def autoencoder_scores(images: np.ndarray, masks: np.ndarray, seed: int = 0) -> 
     flat = flat @ (vectors[:, -12:] / values[-12:].clamp(min=1e-6).sqrt())
     # a sample: among all latents an object pasted into 4 % of the images would find itself
     bank = flat[np.random.default_rng(seed).permutation(len(flat))[:2048]]
-    near = torch.cat([torch.cdist(part, bank).topk(min(3, len(bank)), largest=False).values[:, -1]
-                      for part in flat.split(4096)])  # topk: 4 times as fast as kthvalue
+    near = torch.cat(list(pmap(  # topk: 4 times as fast as kthvalue
+        lambda part: torch.cdist(part, bank).topk(min(3, len(bank)), largest=False).values[:, -1],
+        flat.split(4096))))
     # weigh by the labels: the rover is as strange as an intruder, but nobody labels it; precision .81 to 1.00
     share = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None], 4)
     signs = (F.avg_pool2d(error, 4) * share, near.view(share.shape) * share)
@@ -423,11 +427,12 @@ def autoencoder_scores(images: np.ndarray, masks: np.ndarray, seed: int = 0) -> 
 
 
 def find_outliers(images: np.ndarray, masks: np.ndarray, witnesses: tuple[str, ...] = WITNESSES,
-                  template: np.ndarray | None = None, seed: int = 0, log=print) -> pd.DataFrame:
+                  template: np.ndarray | None = None, seed: int = 0, log=print,
+                  pmap=map) -> pd.DataFrame:
     """Return the images to take out: `index` (ascending), `reasons` (witnesses joined by "+"), scores.
 
     A witness not asked, or with nothing to go by, scores NaN; log() gets a sentence for the latter and for
-    each cut refused. Args, Raises: see template_scores.
+    each cut refused. Args: pmap, a map, perhaps of several threads. Args, Raises: see template_scores.
     """
     def sane(what: str, cut: np.ndarray) -> np.ndarray:
         lost = np.setdiff1d(masks, masks[~cut])
@@ -439,8 +444,8 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, witnesses: tuple[str, .
 
     found, suspects = pd.DataFrame({"index": range(len(images)), "reasons": ""}), np.zeros(len(images), bool)
     score = {"masks": lambda: mask_copies(images, masks),
-             "autoencoder": lambda: autoencoder_scores(images, masks, seed),
-             "template": lambda: template_scores(images, masks, suspects, template, seed)}
+             "autoencoder": lambda: autoencoder_scores(images, masks, seed, pmap),
+             "template": lambda: template_scores(images, masks, suspects, template, seed, pmap)}
     for name, cut in CUTS.items():
         scores = score[name]() if name in witnesses else np.nan
         if scores is None:
@@ -453,22 +458,24 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, witnesses: tuple[str, .
     return found[sane("all witnesses", suspects)].reset_index(drop=True)
 
 
-def clean_data(data: Data, state: Path, witnesses: tuple[str, ...], template: str, seed: int) -> None:
-    """Move the intruders from data.images to data.outlier_images; outliers.csv beside state says why."""
-    file, start = state.parent / "outliers.csv", time.monotonic()
-    decided = read_json(state / "cleaned.json")  # once: a run that goes on trains on the same images
-    if not decided:
+def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, pmap=map) -> None:
+    """Move the outliers from data.images to data.outlier_images; outliers.csv beside state says why.
+
+    It is decided once: a run that goes on trains on the same images. Args: template, a picture's path.
+    """
+    start, decided = time.monotonic(), read_json(state / "cleaned.json")
+    if ranks.rank == 0 and not decided:
         example = cv2.imread(template, cv2.IMREAD_GRAYSCALE) if template else None
-        _refuse(f"--template {template}:",
-                (bool(template) and example is None, "not a picture that OpenCV can read"))
-        found = find_outliers(data.images, data.masks, witnesses, example, seed)
-        with atomic_write(file) as f:
+        if template and example is None:
+            raise UserError(f"--template {template}: not a picture that OpenCV can read")
+        found = find_outliers(data.images, data.masks, WITNESSES, example, seed, warn, pmap)
+        with atomic_write(state.parent / "outliers.csv") as f:
             f.write(found.to_csv(index=False).encode())
         decided = {"index": found["index"].tolist()}
         write_json(state / "cleaned.json", decided)
-    index = np.array(decided["index"], np.int64)
-    print(f"cleaning: {len(index)} of {len(data.images)} training images are intruders ({file}), "
-          f"{time.monotonic() - start:.0f} s", flush=True)
+    index = np.array(ranks.share(decided)["index"], np.int64)
+    print(f"cleaning: {len(index)} of {len(data.images)} training images are intruders "
+          f"({state.parent / 'outliers.csv'}), {time.monotonic() - start:.0f} s", flush=True)
     data.outlier_images = data.images[index]
     data.images, data.masks = np.delete(data.images, index, 0), np.delete(data.masks, index, 0)
 
@@ -510,7 +517,7 @@ def _fit_gaussian(pairs):
     return (torch.linalg.inv(unrelated) - torch.linalg.inv(cov)).float()
 
 
-def _candidates(a, b, form):
+def _candidates(a, b, form, pmap):
     """Each border's likeliest partners: rows i of a, j of b (P,), and features (P, 8) of those pairs."""
     x, y = _spectra(a), _spectra(b)
     qx = torch.einsum("nfk,fkl,nfl->n", x, form[:, :4, :4], x)[:, None] / 2
@@ -518,12 +525,14 @@ def _candidates(a, b, form):
     u = torch.cat([torch.einsum("nfk,fkl->nfl", x, form[:, :4, 4:]).flatten(1), qx, torch.ones_like(qx)], 1)
     v = torch.cat([y.flatten(1), torch.ones_like(qy), qy], 1)
     # the ten best of each, 1,024 rows (50 MB) at a time; 16 hold under 0.5 % more of the true partners
-    tops = [[(part @ q.T).topk(min(10, len(q)), 1) for part in p.split(1024)] for p, q in ((u, v), (v, u))]
-    (best_a, j), (best_b, i) = ([torch.cat(part) for part in zip(*top, strict=True)] for top in tops)
+    (best_a, j), (best_b, i) = (
+        [torch.cat(part) for part in zip(*pmap(
+            lambda rows, q=q: (rows @ q.T).topk(min(10, len(q)), 1), p.split(1024)), strict=True)]
+        for p, q in ((u, v), (v, u)))
     here, there = (torch.arange(len(z), device=z.device)[:, None] for z in (u, v))
     pairs = torch.cat([(here * len(v) + j).flatten(), (i * len(v) + there).flatten()]).unique()
-    features = []
-    for p in pairs.split(8192):
+
+    def features(p):
         i, j = p // len(v), p % len(v)
         ratios = [(u[i] * v[j]).sum(1)]
         for best in (best_a[i], best_b[j]):  # how far above the best other partner, or below it
@@ -533,10 +542,11 @@ def _candidates(a, b, form):
         step, inner = (a[i, :, k] - b[j, :, k] for k in (0, 1))
         jump = (1.5 * step - 0.5 * inner).abs()  # of the two sides drawn on to the border
         lx, ly = rx.log().mean(1), ry.log().mean(1)
-        features.append(torch.stack([
+        return torch.stack([
             *(r.sign() * torch.log1p(r.abs() / 3) for r in ratios), (jump.mean(1) + 0.01).log(), lx + ly,
-            (jump / (rx + ry) + 0.1).log().mean(1), (lx - ly).abs(), (step.mean(1).abs() + 0.003).log()], 1))
-    return pairs // len(v), pairs % len(v), torch.cat(features)
+            (jump / (rx + ry) + 0.1).log().mean(1), (lx - ly).abs(), (step.mean(1).abs() + 0.003).log()], 1)
+
+    return pairs // len(v), pairs % len(v), torch.cat(list(pmap(features, pairs.split(8192))))
 
 
 def _fit_scorer(x, y):
@@ -557,7 +567,7 @@ def _fit_scorer(x, y):
     return lambda x: (products(x) @ weight).clamp(-30, 6.5)
 
 
-def _links(tiles, vertical):
+def _links(tiles, vertical, pmap):
     """Likely neighbours on one axis: i, j, log-odds (P,); log-ratio of unlisted ones (2, N); prior log-odds.
 
     All is fitted to cuts through the tiles, where truth is known, half the partners taken away. The share of
@@ -569,7 +579,7 @@ def _links(tiles, vertical):
     generator, features, truth = torch.Generator().manual_seed(0), [], []
     for a, b in (_borders(tiles, vertical, cut) for cut in cuts[1::2]):
         kept = torch.randperm(len(b), generator=generator)[:(len(b) + 1) // 2].to(b.device)
-        i, j, x = _candidates(a, b[kept], form)
+        i, j, x = _candidates(a, b[kept], form, pmap)
         features.append(x)
         truth.append(kept[j] == i)
     scorer = _fit_scorer(torch.cat(features), torch.cat(truth))
@@ -581,7 +591,7 @@ def _links(tiles, vertical):
         # pixels jump one way at 96 % of upper and lower frame edges, at under 0.5 % of other borders
         low, high = (x[:, :, 0] - x[:, :, 1]).quantile(torch.tensor([0.25, 0.75]).to(x), 1)
         ratio[(low > 0.08) | (high < -0.08)] = -math.inf
-    i, j, x = _candidates(*ends, form)
+    i, j, x = _candidates(*ends, form, pmap)
     fit = (i != j) & (unlisted[0, i] == -2.5) & (unlisted[1, j] == -2.5)
     i, j, odds, unlisted = (z.cpu().numpy() for z in (i[fit], j[fit], scorer(x[fit]), unlisted))
     some, share = np.bincount(i, np.exp(odds), len(tiles))[unlisted[0] == -2.5], 0.5
@@ -652,7 +662,7 @@ def find_neighbours(images, device="cpu"):
     return assemble_frames(images, device)[:2]
 
 
-def assemble_frames(images, device="cpu"):
+def assemble_frames(images, device="cpu", pmap=map):
     """What find_neighbours returns, and the tiles' frame, row and column: int32 (3, N), no two tiles in one
     place. Frames are numbered from 0; a tile without a neighbour has frame -1.
     """
@@ -661,21 +671,24 @@ def assemble_frames(images, device="cpu"):
         alone = np.repeat(np.array([[-1], [0], [0]], np.int32), n, 1)
         return np.full((n, 4), -1, np.int32), np.zeros((n, 4), np.float32), alone
     tiles = torch.from_numpy(images).to(device)
-    links = [_links(tiles, vertical) for vertical in (False, True)]
+    links = [_links(tiles, vertical, pmap) for vertical in (False, True)]
     sure = _assemble(n, links, (8, 8), 6, 0.5)[2]
     # a frame's extent is what 98 % of the tiles keep to, each that is not surely placed a frame of its own
     limits = [1 + np.quantile(line, 0.98, method="higher") for line in sure[1:]]
     return _assemble(n, links, limits, 3.5)
 
 
-def find_frames(data: Data, state: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone."""
+def find_frames(data: Data, state: Path, device: torch.device, ranks: Ranks,
+                pmap=map) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone, of
+    the training and then the test tiles; found once, kept in state."""
     start, tiles = time.monotonic(), np.concatenate([data.images, data.test_images])
     found, of = load_checkpoint(state / "frames.pt"), hashlib.sha256(tiles).hexdigest()
-    if not found or found.get("of") != of:  # once: a run that goes on elsewhere sees the same frames
-        neighbours, _, place = assemble_frames(tiles, device)
+    if ranks.rank == 0 and (not found or found.get("of") != of):
+        neighbours, _, place = assemble_frames(tiles, device, pmap)
         found = {"of": of, "neighbours": torch.from_numpy(neighbours), "place": torch.from_numpy(place)}
         save_checkpoint(state / "frames.pt", found)
+    found = ranks.share(found)
     neighbours, place = found["neighbours"].numpy(), found["place"].numpy()
     print(f"frames: {place.shape[1]} tiles, {100 * np.mean(place[0] >= 0):.0f} % of them put back into "
           f"{place[0].max() + 1} frames, {time.monotonic() - start:.0f} s", flush=True)
@@ -702,7 +715,9 @@ def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 def surroundings(tiles: np.ndarray, place: np.ndarray, margin: int) -> np.ndarray:
     """Return tiles (T, H, W) with what lies around them in their frame, (T, H + 2 margin, W + 2 margin).
-    Where nothing is known they are mirrored. place, (3, T), of find_frames; margin, ≥ 1, below H and W."""
+    Where nothing is known they are mirrored. place, (3, T), of find_frames; margin below H and W."""
+    if not margin:
+        return tiles
     at = {spot: n for n, spot in enumerate(map(tuple, place.T.tolist())) if spot[0] >= 0}
     out = np.pad(tiles, ((0, 0), (margin, margin), (margin, margin)), "reflect")
     sides = {-1: (slice(margin), slice(-margin, None)), 0: (slice(margin, -margin), slice(None)),
@@ -776,28 +791,36 @@ class Evidence:
 
 
 def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_of: np.ndarray,
-                   place: np.ndarray) -> Evidence:
+                   place: np.ndarray, pmap=map) -> Evidence:
     """Return what frames say of the training tiles, and each fold of the test tiles.
 
     For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
     appears nowhere. Strengths are the best out of fold.
 
-    Args: probs, out of fold, in 1/255, uint8 (N, C, H, W); said, each fold's predicted shares of cells,
-    (N + M, C, h, w), see frame_ratios; masks (N, H, W); fold_of (N,); place (3, N + M).
+    Args: probs, out of fold, in 1/255, uint8 (N, C, H, W); said, each fold's of the test tiles, uint8
+    (folds, M, C, H, W); masks (N, H, W); fold_of (N,); place (3, N + M); pmap, a map, perhaps of several
+    threads.
     """
-    n, scored = len(masks), fold_of >= 0
+    n, scored, own_cells = len(masks), fold_of >= 0, to_cells(probs) / 255
+    said = list(pmap(lambda tests: np.concatenate([own_cells, to_cells(tests) / 255]), said))
     truth, rare = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1)), rare_classes(masks)
-    each = [frame_ratios(truth, one, fold_of == k, rare, place)[:n].copy() for k, one in enumerate(said)]
+    each = list(pmap(lambda k: frame_ratios(truth, said[k], fold_of == k, rare, place)[:n].copy(),
+                     range(len(said))))
     # of one split, -1: no tile's own label is heard in any case
-    known, scores = np.stack(each)[fold_of.clip(0), np.arange(n)], {}
+    known = np.stack(each)[fold_of.clip(0), np.arange(n)]
     small, small_truth, own = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4], known[scored]
-    for strengths in itertools.product((0, 0.5, 1, 1.5, 2), repeat=2):
+
+    def measure(strengths: tuple[float, float]) -> float:
         labels = reweigh(small, own, np.float32(strengths), 1)[:, 1:].argmax(1) + 1
-        scores[strengths] = iou_scores(confusion_matrix(small_truth, labels))[0]
+        return iou_scores(confusion_matrix(small_truth, labels))[0]
+
+    tried = list(itertools.product((0, 0.5, 1, 1.5, 2), repeat=2))
+    scores = dict(zip(tried, pmap(measure, tried), strict=True))
     best = max(scores, key=scores.get)  # of equals the weaker, which comes first
     print(f"frames: strength of labels and predictions {best}: out of fold {scores[0, 0]:.4f} → "
           f"{scores[best]:.4f} on a part of the pixels", flush=True)
-    test = [frame_ratios(truth, one, np.zeros(n, bool), rare, place)[n:].copy() for one in said]
+    nothing = np.zeros(n, bool)
+    test = list(pmap(lambda one: frame_ratios(truth, one, nothing, rare, place)[n:].copy(), said))
     return Evidence(known, test, np.float32(best))
 
 
@@ -835,26 +858,18 @@ def rare_classes(masks: np.ndarray) -> np.ndarray:
     return (counts > 0) & (counts < 0.02 * counts.sum())
 
 
-def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
-               frame: np.ndarray | None = None) -> np.ndarray:
+def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> np.ndarray:
     """Return the fold of each image, int (N,); fold k validates the network trained on all others.
 
     Stratified by "holds a rare class" and by dominant class, because 6 rock images in a validation set decide
-    nothing. Equal images share a fold, and so do those of one frame, if their frames (N,), -1 for none, are
-    given. folds = 1 is one split: every 7th image (14.3 %) is fold 0, the rest are -1. Raises UserError if
-    there are fewer different images than folds.
+    nothing. Equal images share a fold. folds = 1 is one split: every 7th image (14.3 %) is fold 0, the rest
+    are -1. Raises UserError if there are fewer different images than folds.
     """
     rng, n = np.random.default_rng(np.random.SeedSequence([seed, 7])), len(images)
     group = np.unique(images.reshape(n, -1), axis=0, return_inverse=True)[1].ravel()
-    if frame is not None:  # a graph of groups of copies and of frames; a tile alone is a frame too
-        frame = n + np.where(frame < 0, frame.max() + 1 + np.arange(n), frame)
-        graph = scipy.sparse.coo_matrix((np.ones(n), (group, frame)), 2 * (frame.max() + 1,))
-        tied = scipy.sparse.csgraph.connected_components(graph, False)[1]
-        group = pd.factorize(tied[group])[0]
     counts = np.stack([np.bincount(group, (masks == c).sum((1, 2))) for c in range(NUM_CLASSES)], 1)
     if len(counts) < max(2, folds):
-        what = "images" if frame is None else "frames; leave out --group-frames"
-        raise UserError(f"--folds {folds}: the training set has only {len(counts)} different {what}")
+        raise UserError(f"--folds {folds}: the training set has only {len(counts)} different images")
     stratum = counts.argmax(1) + NUM_CLASSES * (counts[:, rare_classes(masks)] > 0).any(1)
     order = rng.permutation(len(counts))
     order = order[np.argsort(stratum[order], kind="stable")]
@@ -1171,6 +1186,30 @@ def fold_scores(truth: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
             "confusion": sum(each).tolist()}
 
 
+def score_step(probs: np.ndarray, masks: np.ndarray, fold_of: np.ndarray, folds: int, first_class: int,
+               fit: bool, pmap=map) -> tuple[np.ndarray, dict]:
+    """Return the cleaned labels of out-of-fold probs, uint8 (N, H, W), and their scores: fold_scores',
+    calibration's, and the "rule" of decide for the submission.
+
+    With fit, rare classes get a rule of their own where that helps: a fold the one that suits the others,
+    the submission that of all folds. Shape: probs (N, C, H, W), masks (N, H, W), fold_of (N,).
+    """
+    scored, best = fold_of >= 0, {}
+    tries = [[PLAIN] * (1 + folds)]  # rules of the submission, and of each fold
+    if fit and folds > 1:
+        parts = [scored, *(scored & (fold_of != fold) for fold in range(folds))]
+        tries.append(list(pmap(lambda part: fit_rule(probs[part], masks[part]), parts)))
+    for rule, *each in tries:
+        labels = np.zeros_like(masks)
+        for fold in range(folds):
+            own = fold_of == fold
+            labels[own] = clean_masks(decide(probs[own], each[fold], first_class))
+        result = fold_scores(masks, labels, fold_of, folds) | {"rule": rule}
+        if not best or result["miou"] > best["miou"]:
+            chosen, best = labels, result
+    return chosen, best | calibration(probs[scored], masks[scored])
+
+
 def calibration(probs: np.ndarray, truth: np.ndarray) -> dict:
     """Return how far the largest of the probabilities can be trusted, over the labelled pixels.
 
@@ -1192,18 +1231,27 @@ def calibration(probs: np.ndarray, truth: np.ndarray) -> dict:
 
 # ---------------------------------------------------------------------------------------- 10. engine
 
-def option(default, text: str, valid=lambda value: isinstance(value, str) or 0 <= value < math.inf,
-           group: str = ""):
+def option(default, text: str, valid=None, least: float = 0, most: float = math.inf, group: str = ""):
     """Return a dataclass field that parse_flags makes a flag of.
 
-    Args: valid, a check, by default numbers ≥ 0; group, the heading that begins above this flag in the help.
+    Args: valid, the values allowed, or a check of one; numbers are allowed from least to most, both
+    finite; group, the heading that begins above this flag in the help.
     """
-    return field(default=default, metadata={"help": text, "valid": valid, "group": group})
+    def in_range(value) -> bool:
+        return isinstance(value, str) or (least <= value <= most and abs(value) < math.inf)
+
+    check = valid.__contains__ if isinstance(valid, tuple) else valid or in_range
+    return field(default=default, metadata={"help": text, "valid": check, "group": group})
 
 
 def is_path(value: str) -> bool:
     """Return whether value can be the path of a file or folder; none is below ~nosuchuser."""
     return bool(value) and "\0" not in value and not os.path.expanduser(Path(value)).startswith("~")
+
+
+def is_device(name: str) -> bool:
+    """Return whether name is one that pick_devices knows."""
+    return re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
 
 
 def parse_flags(config: type, argv: list[str], description: str) -> dict:
@@ -1235,43 +1283,79 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
     return given
 
 
-def to_flags(config, recipe: dict) -> list[str]:
-    """Return the flags from which this config was made: of fields unlike the recipe's, else the default."""
-    words = []
+def run_command(command) -> int:
+    """Return the exit status of command(), a function that returns one: its own, 2 a user's mistake or a
+    full disk, in one sentence, 130 Ctrl-C, 143 SIGTERM. Streams and signals are given back."""
+    before, stdout = None, sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            # an ASCII terminal gets ? for ± instead of a crash; torchrun's processes share one pipe without
+            # a buffer, where a line written in two parts could be cut by another's
+            stream.reconfigure(errors="replace", line_buffering=True, write_through=False)
+    with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return command()
+    except (UserError, OSError) as e:  # OSError: a full disk, a folder in a file's place, a closed pipe
+        print(f"solve.py: {e}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit) as e:
+        status = 130 if isinstance(e, KeyboardInterrupt) else e.code
+        if status:  # --help leaves with 0
+            print("solve.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return status
+    finally:
+        sys.stdout = stdout
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def print_metrics(metrics: dict) -> None:
+    """Print the metrics but the long ones, a line each."""
+    for key, value in metrics.items():
+        if not key.endswith(("confusion", "reliability")):
+            print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
+
+
+def to_command(config, recipe: dict) -> str:
+    """Return the command from which this config was made: flags of fields unlike the recipe's, else the
+    default."""
+    words = ["python", "solve.py"]
     for f in dataclasses.fields(config):
         value, flag = getattr(config, f.name), f.name.replace("_", "-")
         if f.metadata and value != recipe.get(f.name, f.default):
             words += [f"--no-{flag}" if value is False else f"--{flag}"]
             words += [] if isinstance(value, bool) else [str(value)]
-    return words
+    return shlex.join(words)
 
 
-def pick_device(name: str = "auto") -> tuple[torch.device, str]:
-    """Return the device and the reason. A GPU must pass a real convolution forward and backward to be used:
-    is_available() is True on a P100 for which today's builds hold no kernels."""
+def pick_devices(name: str = "auto") -> tuple[list[torch.device], str]:
+    """Return the devices to train on, all usable GPUs or the CPU, and the reason.
+
+    A GPU must pass a real convolution forward and backward to be used: is_available() is True on a
+    P100 for which today's builds hold no kernels. Several ranks of one machine share its GPUs.
+    """
+    cpu = torch.device("cpu")
     if name == "cpu":
-        return torch.device("cpu"), "asked for"
+        return [cpu], "asked for"
     if name != "auto" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: this PyTorch sees no GPU; use --device cpu")
-    try:
-        here = int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count())  # torchrun's
-        device = torch.device(f"cuda:{here}" if name in ("auto", "cuda") else name)
-        nn.Conv2d(1, 8, 3).to(device)(torch.zeros(2, 1, 8, 8, device=device)).sum().backward()
-        torch.cuda.synchronize(device)
-        torch.backends.cudnn.benchmark = True  # few shapes, met thousands of times
-        return device, torch.cuda.get_device_name(device)
-    except (RuntimeError, AssertionError) as e:  # AssertionError: a build of PyTorch without CUDA
-        why = str(e).splitlines()[0][:80]
-        return torch.device("cpu"), f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
-
-
-def spare_gpus(device: torch.device, flags: list[str]) -> str:
-    """Return how to use the GPUs that a run of these flags leaves idle; nothing if there is none."""
-    here, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    command = shlex.join(["torchrun", "--standalone", f"--nproc_per_node={here}", "solve.py", *flags])
-    return "" if device.type != "cuda" or here <= used else (
-        f"{used} of {here} GPUs is used; {command} uses all (in a notebook: %%writefile solve.py as this "
-        "cell's first line, and !torchrun ... in the next)")
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    rank, ranks = (int(os.environ.get(f"LOCAL_{key}", i)) for i, key in enumerate(("RANK", "WORLD_SIZE")))
+    gpus = gpus[rank::ranks] or gpus
+    usable, why = [], "there is none"
+    for gpu in gpus if name in ("auto", "cuda") else [torch.device(name)]:
+        try:
+            images = torch.zeros(2, 1, 8, 8, device=gpu)
+            nn.Conv2d(1, 8, 3, device=gpu)(images).sum().backward()
+            torch.cuda.synchronize(gpu)
+            usable.append(gpu)
+        except (RuntimeError, AssertionError) as e:  # AssertionError: a build without CUDA
+            why = str(e).splitlines()[0][:80]
+    if not usable:
+        return [cpu], f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
+    torch.backends.cudnn.benchmark = True  # few shapes, met thousands of times
+    return usable, ", ".join(torch.cuda.get_device_name(gpu) for gpu in usable)
 
 
 def pick_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
@@ -1286,17 +1370,6 @@ def pick_precision(device: torch.device, name: str = "auto") -> tuple[torch.dtyp
     ratio = _conv_seconds(torch.float32) / _conv_seconds(torch.bfloat16)
     dtype = torch.bfloat16 if ratio > 1.1 else torch.float32
     return dtype, f"bfloat16 has {ratio:.1f}× float32's speed on this processor"
-
-
-def set_threads(threads: int = 0) -> None:
-    """Set PyTorch's threads; 0: the fastest of all, their half, a quarter ... and one, as beside other busy
-    processes fewer are (2 cores that 4 processes shared: two threads 2 images/s, one 49)."""
-    seconds, tried = {}, 0 if threads else torch.get_num_threads()
-    while tried:
-        torch.set_num_threads(tried)
-        seconds[tried] = _conv_seconds(torch.float32) * (1.1 if seconds else 1)  # in doubt, the more
-        tried //= 2
-    torch.set_num_threads(threads or min(seconds, key=seconds.get))
 
 
 def keep_freed_memory() -> None:
@@ -1322,10 +1395,14 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype if low else None, enabled=low)
 
 
+def seed_of(*key: int) -> int:
+    """Return a seed that depends on the whole key."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
+
+
 def generator(device: torch.device, *key: int) -> torch.Generator:
-    """Return a generator seeded from the whole key: with (seed, stage, fold, epoch) nothing need be saved."""
-    seed = int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]) >> 1
-    return torch.Generator(device).manual_seed(seed)
+    """Return a generator seeded from a key: with (seed, stage, net, epoch) nothing need be saved."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 class Clock:
@@ -1333,6 +1410,7 @@ class Clock:
 
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit, self.start = path, max_hours * 3600, time.monotonic()
+        self.saved = -math.inf
         before = read_json(path).get("seconds")  # at first: what importing torch takes
         self.before = before if isinstance(before, (int, float)) and 0 <= before < 1e9 else 3.0
 
@@ -1342,71 +1420,573 @@ class Clock:
     def left(self) -> float:
         return self.limit - self.used()
 
+    def save_now_and_then(self) -> None:
+        """Write down the seconds used, at most every ten seconds."""
+        if time.monotonic() - self.saved > 10:
+            self.saved = time.monotonic()
+            with contextlib.suppress(OSError):  # a full disk: what is in memory can still win
+                write_json(self.path, {"seconds": self.used()})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What there is to do and to do it with, as far as its cost depends on it."""
+
+    train: int          # images
+    test: int
+    height: int         # pixels
+    width: int
+    rare: float         # share of the training images that hold a rare class
+    frames: bool        # whether any were found
+    cores: int
+    gpus: int = 0
+    ranks: int = 1      # of torchrun, all like this one
+
+    def networks(self, folds: int, seeds: int) -> int:
+        """Return how many of the networks a rank trains at most."""
+        return -(-folds * seeds // self.ranks)
+
+    def share_cores(self, folds: int, seeds: int) -> dict[str, int]:
+        """Return the "workers" that a rank's networks keep busy, and the "threads" of each."""
+        workers = min(self.networks(folds, seeds), self.gpus or self.cores)
+        return {"workers": workers, "threads": 1 if self.gpus else self.cores // workers}
+
+    def relative_speed(self, plan) -> float:
+        """Return the training images/s of all workers of a plan, but for a factor. 1.7 and .4 are measured
+        on CPUs; two threads inside each operation do the work of 1.3 workers."""
+        area = (self.height + 2 * plan.margin) * (self.width + 2 * plan.margin)
+        return plan.workers * plan.threads ** 0.4 / (area * plan.width ** 1.7)
+
+    def epoch_seconds(self, plan, speed: float, shown: float) -> float:
+        """Return a worker's seconds for an epoch of one network, given the training images/s of all workers
+        and how often an image is shown; validation costs .4 of a training step."""
+        validated = 1 / plan.folds if plan.folds > 1 else 1 / 7
+        return self.train * plan.workers / speed * (shown * (1 - validated) + 0.4 * validated)
+
+    def predict_seconds(self, plan, speed: float, stages: int, views: int) -> float:
+        """Return the seconds of all predictions of a run, of so many mirrored views of each image."""
+        tested = self.test * plan.folds
+        passes = stages * views * (self.train + tested)
+        steps = 2e-3 * tested + 2e-3 * self.frames * (self.train + self.test)  # rules, evidence
+        return 0.35 * plan.seeds * passes / speed + steps
+
+
+class Stopped(Exception):
+    """Ends what a worker does, after a signal or another worker's error; nobody else sees it."""
+
+
+class Workers:
+    """Threads of one process that share its work: PyTorch and OpenCV let go of the interpreter's lock.
+
+    On 2 cores two workers of one thread each train 1.5 times as fast as two threads inside each
+    operation. Which worker does what changes no bit of the results; the threads of an operation do.
+    Args: devices, GPUs, each for one worker, or the CPU; workers, how many, at least one; threads, of
+    each of their operations on the CPU.
+    """
+
+    def __init__(self, devices: list[torch.device], workers: int, threads: int = 1):
+        every = devices * workers if devices[0].type == "cpu" else devices
+        self.devices, self.threads, self.stopping = every[:workers] or devices, threads, threading.Event()
+
+    def check(self) -> None:
+        """End the calling worker's work if the others have been ended; called between its steps."""
+        if self.stopping.is_set():
+            raise Stopped
+
+    def run(self, work, meanwhile=lambda: None) -> None:
+        """Call work(device) in every worker, and meanwhile() now and then; return when all are done.
+
+        An error in one, or a signal, ends the others at their next check() and is raised here.
+        """
+        def guarded(device: torch.device) -> None:
+            torch.set_num_threads(self.threads)  # holds for the calling thread alone
+            try:
+                work(device)
+            except Stopped:
+                pass
+            except BaseException:
+                self.stopping.set()
+                raise
+
+        try:
+            with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:  # its end waits for all
+                try:
+                    futures = [pool.submit(guarded, device) for device in self.devices]
+                    # signals reach the main thread alone, between two looks
+                    while concurrent.futures.wait(futures, 0.1).not_done:
+                        meanwhile()
+                finally:
+                    self.stopping.set()
+        finally:
+            self.stopping.clear()
+        for future in futures:
+            future.result()  # raises its error
+
+    def map_parts(self, function, index: np.ndarray, size: int = 256) -> list:
+        """Return [function(part)] of parts of an index, each small enough to be held in memory."""
+        return self.map(function, [index[start:start + size] for start in range(0, len(index), size)])
+
+    def map(self, function, items) -> list:
+        """Return [function(item) for item in items]; each free worker takes the next item."""
+        items = list(items)
+        results, waiting = [None] * len(items), collections.deque(range(len(items)))
+
+        def work(device: torch.device) -> None:
+            while waiting:
+                self.check()
+                try:
+                    i = waiting.popleft()
+                except IndexError:  # another worker was faster
+                    return
+                results[i] = function(items[i])
+
+        self.run(work)
+        return results
+
+
+@contextlib.contextmanager
+def single_threaded():
+    """Let the calling thread compute alone, and give back the threads it had: sums of one thread are
+    the same on every machine, and beside busy processes threads wait for one another (40 images
+    cleaned in 115 s, not 3)."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    try:
+        yield before[0]
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
+
+
+class EMA:
+    """The exponential moving average of a network's weights and batch-norm statistics."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay, self.steps = copy.deepcopy(model), decay, 0
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move 1 - decay of the way to model's values; decay 0 copies them."""
+        averages, current = ([t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]
+                             for net in (self.model, model))
+        self.steps += 1
+        # at first less than decay: short runs must forget their random start
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(averages, current, 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.steps = state["steps"]
+
+
+@dataclass
+class StageInput:
+    """What the networks of a stage look at and learn; in stage 2 also what was said there before."""
+
+    images: torch.Tensor                    # uint8 (N, H, W), with a margin; the others have none
+    mean: float                             # of the training images' grey values
+    std: float
+    targets: torch.Tensor | None = None     # int8 (N, H, W), with that margin; -1: ignored
+    is_rare: torch.Tensor | None = None     # bool (NUM_CLASSES,)
+    paste: float = 0.0                      # share of the images trained on that get rare patches
+    cleaned: torch.Tensor | None = None     # masks, uint8 (N, h, w)
+    confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, h, w)
+    evidence: torch.Tensor | None = None    # of labels and predictions, float (N, 2 * outputs, ·, ·)
+    only_flag: bool = False                 # whether the cleaned masks' background is all that is seen
+    holds_rare: torch.Tensor | None = None  # bool (N,): images with a rare class; follows
+
+    def __post_init__(self):
+        if self.targets is not None:
+            self.holds_rare = self.is_rare[self.targets.clamp_min(0).int()].flatten(1).any(1)
+
+    def to(self, device: torch.device) -> StageInput:
+        """Return a copy on that device."""
+        return dataclasses.replace(self, **{name: value.to(device) for name, value in vars(self).items()
+                                            if isinstance(value, torch.Tensor)})
+
+    def halved(self, paste: float) -> StageInput:
+        """Return images and targets of half the side, rounded up, that get patches pasted."""
+        images = F.avg_pool2d(self.images.float(), 2, ceil_mode=True).round().byte()
+        return dataclasses.replace(self, images=images, targets=self.targets[:, ::2, ::2], paste=paste)
+
+    def batch(self, index, first_class: int) -> torch.Tensor:
+        """Return the input batch of the images at index (tensor or slice), float (B, C, H, W).
+
+        Stage 1: the standardised image. Stage 2: also the cleaned mask one-hot from first_class on, its
+        confidence and the frames' evidence, 0 on the margin; or, as published, a flag, 0 where stage 1
+        said background and -1 elsewhere.
+        """
+        x = ((self.images[index].float() - self.mean) / self.std)[:, None]
+        if self.cleaned is None:
+            return x
+        cleaned = self.cleaned[index][:, None]
+        if self.only_flag:
+            return torch.cat([x, -(cleaned != 0).float()], 1)
+        classes = torch.arange(first_class, NUM_CLASSES, device=x.device)[:, None, None]
+        said = [(cleaned == classes).float(), self.confidence[index][:, None].float() / 255]
+        if self.evidence is not None:
+            said.append(F.interpolate(self.evidence[index] / 3, cleaned.shape[2:], mode="bilinear"))
+        margin = (x.shape[-1] - cleaned.shape[-1]) // 2
+        return torch.cat([x, F.pad(torch.cat(said, 1), (margin,) * 4)], 1)
+
+
+@dataclass(eq=False)
+class TrainingState:
+    """One network in training and all that training changes; it saves and loads itself."""
+
+    path: Path                # its checkpoint
+    model: UNet
+    ema: EMA                  # what is validated and used
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
+    scaler: torch.amp.GradScaler
+    history: list[dict] = field(default_factory=list)  # one record an epoch
+    best: dict | None = None  # the EMA's weights after the best epoch
+    best_figure: float = -math.inf
+    best_epoch: int = 0
+    finished: bool = False
+    saved: float = field(default_factory=time.monotonic)  # when
+
+    @classmethod
+    def begin(cls, path: Path, model: UNet, device: torch.device, dtype: torch.dtype, lr: float,
+              weight_decay: float, ema_decay: float, patience: int) -> TrainingState:
+        """Return model, on the device, with nothing learnt yet."""
+        model = model.to(device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
+            optimizer, "max", factor=0.6, patience=patience * 7 // 25, min_lr=1e-6)
+        # other types than float16 need no scale, but its way to leave out a step
+        scaler = torch.amp.GradScaler(device.type, 2.0**16 if dtype == torch.float16 else 1.0)
+        return cls(path, model, EMA(model, ema_decay), optimizer, scheduler, scaler)
+
+    PARTS = ("model", "ema", "optimizer", "scheduler", "scaler")
+    FACTS = ("history", "best", "best_figure", "best_epoch", "finished")
+
+    def state_dict(self) -> dict:
+        """Return plain values and tensors; of a finished network only what is still used."""
+        parts = () if self.finished else self.PARTS
+        return {name: getattr(self, name) for name in self.FACTS} | {
+            name: getattr(self, name).state_dict() for name in parts}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self.FACTS:
+            setattr(self, name, state[name])
+        for name in () if self.finished else self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+
+    def keep_if_best(self, figure: float) -> None:
+        """Keep the averaged weights if their figure is above that of the best so far, or -inf: any later
+        ones will beat them."""
+        if figure > self.best_figure or figure == -math.inf:
+            self.best = copy.deepcopy(self.ema.model.state_dict())
+            self.best_epoch, self.best_figure = len(self.history), figure
+
     def save(self) -> None:
-        write_json(self.path, {"seconds": self.used()})
+        """Write the checkpoint; without room for it the run goes on, as it can still end well."""
+        try:
+            save_checkpoint(self.path, self.state_dict())
+        except OSError as e:
+            warn(f"{self.path}: not saved ({e.strerror}); going on without")
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is a good one."""
+        state = load_checkpoint(self.path)
+        if state is not None:
+            self.load_state_dict(state)
+
+    def to(self, device: torch.device) -> None:
+        """Move all of it to a device."""
+        if next(self.model.parameters()).device != device:
+            scaler = self.scaler.state_dict()
+            self.model.to(device)
+            self.ema.model.to(device)
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # its averages follow
+            self.scaler = torch.amp.GradScaler(device.type, enabled=self.scaler.is_enabled())
+            self.scaler.load_state_dict(scaler)
+
+    def step(self, criterion) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take one optimizer step down the loss, criterion(model); return it and whether it counted.
+
+        A step whose gradient is not finite changes no weight and no statistic. Both stay on the device:
+        nothing waits for it.
+        """
+        statistics = [t for t in self.model.buffers() if t.is_floating_point()]  # batch norm's
+        before = [t.clone() for t in statistics]
+        loss = criterion(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0, foreach=True)
+        self.scaler.step(self.optimizer)  # unless a gradient is inf or NaN
+        self.scaler.update()
+        good = torch.isfinite(norm)
+        for now, old in zip(statistics, before, strict=True):  # the forward pass has changed them
+            now.copy_(torch.where(good, now, old))
+        self.ema.update(self.model)
+        return loss.detach(), good
 
 
-@torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move ema's weights and batch-norm statistics 1 - decay of the way to model's; decay 0 copies them."""
-    averages, current = ([t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point()]
-                         for net in (ema, model))
-    # at first less than decay: short runs must forget their random start
-    torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + step) / (10 + step)))
+class Timetable:
+    """Which network of a stage the next free worker trains, and for how many epochs there is time.
+
+    All networks come equally far; when the machine is slower than planned, all get fewer epochs.
+    Args: epochs, planned; cost, a function that returns the planned seconds of an epoch, given its number
+    and that of all; time_left, one that returns the seconds left for training, given how many times as
+    slow as planned the machine is; patience, epochs without a better validation; workers, how many.
+    """
+
+    def __init__(self, networks: list[TrainingState], epochs: int, cost, time_left, patience: int,
+                 workers: int):
+        self.networks, self.planned, self.cost, self.time_left = networks, epochs, cost, time_left
+        self.patience, self.workers = patience, workers
+        self.lock, self.busy, self.paces = threading.Lock(), [], []
+        for network in networks:  # where others have ended, if not for want of progress, the rest end too
+            if network.finished and len(network.history) - network.best_epoch < patience:
+                self.planned = min(self.planned, len(network.history))
+        self.epochs = self.affordable()
+
+    def pace(self) -> float:
+        """Return how many times as long as planned the last epochs took."""
+        return float(np.median(self.paces[-max(3, len(self.networks)):])) if self.paces else 1.0
+
+    def seconds_for(self, epochs: int) -> float:
+        """Return the seconds until all networks will have come so far; of an epoch that is under way
+        half is done."""
+        seconds = 0.0
+        for network in self.networks:
+            if not network.finished:
+                to_do = [self.cost(i, epochs) for i in range(len(network.history) + 1, epochs + 1)]
+                seconds += sum(to_do) - 0.5 * sum(to_do[:1]) * (network in self.busy)
+        return seconds * self.pace() / self.workers
+
+    def affordable(self) -> int:
+        """Return how many epochs, at most as planned, all networks can reach; at least one."""
+        reached = [len(network.history) for network in self.networks if not network.finished]
+        epochs, left = max(1, self.planned), self.time_left(self.pace())
+        while epochs > max([1, *reached]) and self.seconds_for(epochs) > left:
+            epochs -= 1
+        return epochs
+
+    def take(self) -> TrainingState | None:
+        """Return the network that has come least far and is nobody's; None if there is none."""
+        with self.lock:
+            self.epochs = self.affordable()
+            waiting = [network for network in self.networks if network not in self.busy
+                       and not network.finished and len(network.history) < self.epochs]
+            if not waiting:
+                return None
+            network = min(waiting, key=lambda network: len(network.history))
+            self.busy.append(network)
+            return network
+
+    def give_back(self, network: TrainingState) -> None:
+        """Take note of a network's last epoch; after the last of all, or many in vain, it is finished."""
+        epoch = len(network.history)
+        with self.lock:
+            expected = self.cost(epoch, self.epochs)
+            self.paces.append(network.history[-1]["seconds"] / max(expected, 1e-6))
+            if epoch >= self.epochs:
+                self.planned, network.finished = self.epochs, True  # the others end there too
+            if epoch - network.best_epoch >= self.patience:
+                network.finished = True
+            self.busy.remove(network)
+        if network.finished or time.monotonic() - network.saved > SAVE_SECONDS:
+            network.save()
+
+    def finish(self) -> None:
+        """The time is up: what has been learnt is the result."""
+        for network in self.networks:
+            if not network.finished:
+                network.finished = True
+                network.save()
+
+
+@contextlib.contextmanager
+def explained(where: str):
+    """Turn want of memory into a UserError, and say where it, or another one, came about and what to try."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(f"{where}: {e}; try --fresh and a smaller --lr") from e
+    except RuntimeError as e:
+        if not lacks_memory(e):
+            raise
+        raise UserError(f"{where}: out of memory; try --fresh and a smaller --batch-size or --width") from e
+
+
+def training_speed(workers: Workers, networks: list[TrainingState], sizes: list[StageInput],
+                   train) -> list[float]:
+    """Return for each size of images how many a second all workers at once train, each a network.
+
+    Args: train, a function that trains a network on a StageInput for a number of steps and returns that
+    of the images. Timed are twice six steps after three, and the faster counts: what disturbs a moment
+    is not to shrink a whole run, and where all is slower than this the timetable shrinks in time.
+    """
+    waiting, speeds = list(networks), []
+
+    def work(device: torch.device) -> None:
+        network, own = waiting.pop(), []
+        with explained("measuring the speed"):
+            network.to(device)
+            for data in (size.to(device) for size in sizes):
+                rates = []
+                for steps in (3, 6, 6):  # the first ones find their memory
+                    start = time.perf_counter()
+                    images = train(network, data, steps)
+                    rates.append(images / (time.perf_counter() - start))
+                own.append(max(rates[1:]))
+        speeds.append(own)
+
+    workers.run(work)
+    return np.sum(speeds, 0).tolist()
+
+
+def train_side_by_side(title: str, table: Timetable, advance, workers: Workers, clock: Clock) -> None:
+    """Let the workers train a timetable's networks to the end of their epochs or of the time.
+
+    Args: advance, a function that trains a network for its next epoch, given it, the device where it is
+    and the number of all epochs, and notes it in its history.
+    """
+    progress = Progress(title, table)
+
+    def work(device: torch.device) -> None:
+        while network := table.take():
+            with explained(f"{network.path.stem}, epoch {len(network.history) + 1}"):
+                network.to(device)
+                advance(network, device, table.epochs)
+            table.give_back(network)
+
+    def meanwhile() -> None:
+        progress.show()
+        clock.save_now_and_then()
+
+    workers.run(work, meanwhile)
+    table.finish()
+    progress.show()
+    progress.close()
 
 
 @torch.inference_mode()
-def predict_probs(models: list[UNet], make_input, num_images: int, device: torch.device, dtype: torch.dtype,
-                  first_class: int, tta: bool, margin: int = 0, batch_size: int = 0) -> np.ndarray:
+def evaluate(model: UNet, batches, dtype: torch.dtype, first_class: int, **loss_args) -> dict:
+    """Return "val_loss", the mean focal loss over the images; "score", the competition's mean IoU; and the
+    "confusion" that it comes from, (C, C) rows the truth.
+
+    Args: batches of images, float (B, C, H, W), and labels, integers (B, H, W), -1 ignored, on the model's
+    device; first_class, the class of the model's first output; loss_args of focal_loss.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    loss, count = torch.zeros((), device=device), 0
+    pairs = torch.zeros(NUM_CLASSES ** 2, dtype=torch.int64, device=device)
+    for x, y in batches:
+        with autocast(device, dtype):
+            logits = model(x.contiguous(memory_format=torch.channels_last))[0]
+        y = y.long()
+        loss += focal_loss(logits, (y - first_class).clamp_min(-1), **loss_args) * len(y)
+        count += len(y)
+        pair = y * NUM_CLASSES + logits.argmax(1) + first_class
+        pairs += torch.bincount(pair[y >= 0], minlength=NUM_CLASSES ** 2)
+    confusion = pairs.view(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
+    return {"val_loss": float(loss / count), "score": iou_scores(confusion)[0],
+            "confusion": confusion.tolist()}
+
+
+@torch.inference_mode()
+def predict_probs(models: list[UNet], make_input, num_images: int, dtype: torch.dtype, first_class: int,
+                  tta: bool, margin: int = 0, batch_size: int = 0) -> np.ndarray:
     """Return models' mean class probabilities in 1/255, uint8 (N, classes, H, W), of make_input's images.
 
-    Args: make_input, a function from a slice to a float batch (B, C, H + 2 margin, W + 2 margin) on the
-    device; first_class, the class of the model's first output (1: background is never predicted); tta, mean
-    with the mirrored copy; batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves
-    that fits into memory.
+    Args: make_input, a function from a slice to a float batch (B, C, H + 2 margin, W + 2 margin);
+    first_class, the class of the model's first output (1: background is never predicted); tta, mean with
+    the mirrored copy; batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves that
+    fits into memory. Each model, in eval mode, answers on the device where it is.
     """
-    for model in models:
-        model.eval()
-    out, i, batch_size = None, 0, batch_size or (64 if device.type == "cpu" else 1024)
+    def answer(model: UNet, x: torch.Tensor) -> torch.Tensor:
+        device = next(model.parameters()).device
+        with autocast(device, dtype):
+            return torch.softmax(model(x.to(device))[0].float(), 1).to(x.device)
+
+    out, i = None, 0
+    batch_size = batch_size or (64 if next(models[0].parameters()).device.type == "cpu" else 1024)
     while i < num_images:
         try:
             x = make_input(slice(i, i + batch_size)).contiguous(memory_format=torch.channels_last)
-            with autocast(device, dtype):
-                logits = [model(x)[0] for model in models]
-                logits += [model(x.flip(-1))[0].flip(-1) for model in models if tta]
-            probs = sum(torch.softmax(one.float(), 1) for one in logits) / len(logits)
+            each = [answer(model, x) for model in models]
+            each += [answer(model, x.flip(-1)).flip(-1) for model in models if tta]
             # negative: the margin is cut off
-            probs = F.pad((probs * 255).round(), (*(-margin,) * 4, first_class, 0)).to(torch.uint8)
+            probs = F.pad((sum(each) / len(each) * 255).round(), (*(-margin,) * 4, first_class, 0))
+            probs = probs.to(torch.uint8).cpu().numpy()
             out = np.empty((num_images, *probs.shape[1:]), np.uint8) if i == 0 else out
-            out[i:i + batch_size] = probs.cpu().numpy()
+            out[i:i + batch_size] = probs
             i += batch_size
         except RuntimeError as e:
             batch_size = smaller_batch(batch_size, e)
     return out
 
 
-class Progress:
-    """What is seen of one network's training: a line an epoch; on a terminal a bar, if tqdm is there."""
+@contextlib.contextmanager
+def going_on(metrics: dict):
+    """Let no mistake in the code cost what there is already: its traceback is printed, "degraded" in the
+    metrics says which it was, and what follows goes on."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        metrics["degraded"] = f"{type(error).__name__}: {error}"
 
-    def __init__(self, title: str, epochs: int, done: int, stream):
-        self.title, self.epochs, self.stream, self.bar = title, epochs, stream, None
-        if stream.isatty() and "RANK" not in os.environ:  # several processes' bars would share a line
+
+class Progress:
+    """What is seen of a stage's training: a line an epoch; on a terminal a bar, if tqdm is there."""
+
+    def __init__(self, title: str, table: Timetable):
+        self.title, self.table, self.bar = title, table, None
+        self.shown = min((len(network.history) for network in table.networks), default=0)
+        if sys.stdout.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
-                self.bar = tqdm(desc=title, total=epochs, initial=done, file=stream, unit="epoch")
+                self.bar = tqdm(desc=title, initial=self.shown, file=sys.stdout, unit="epoch")
 
-    def show(self, epoch: int, record: dict[str, float], minutes: float) -> None:
-        """Show an epoch's figures, and for how long the run has been at work."""
-        figures = "".join(f"{key} {value:.4g}  " for key, value in record.items()) + f"used {minutes:.1f} min"
-        if self.bar is None:
-            print(f"{self.title}  epoch {epoch}/{self.epochs}  {figures}", file=self.stream, flush=True)
-        else:
-            self.bar.set_postfix_str(figures, refresh=False)
-            self.bar.update()
+    def show(self) -> None:
+        """Show each epoch that all networks have behind them, if it was not shown before."""
+        histories = [network.history for network in self.table.networks]
+        going = [len(network.history) for network in self.table.networks if not network.finished]
+        reached = min(going) if going else max(map(len, histories), default=0)
+        for epoch in range(self.shown + 1, reached + 1):
+            figures = self.figures([history[min(epoch, len(history)) - 1] for history in histories])
+            if self.bar is None:
+                print(f"{self.title}  epoch {epoch}/{self.table.epochs}  {figures}", flush=True)
+            else:
+                self.bar.total = self.table.epochs
+                self.bar.set_postfix_str(figures, refresh=False)
+                self.bar.update()
+            self.shown = epoch
+
+    def figures(self, records: list[dict]) -> str:
+        """Return the loss, the score of all networks' validation images together, its mean and spread
+        over the networks, each class's IoU, and the time left."""
+        scores = [record["score"] for record in records]
+        pooled, iou = iou_scores(np.sum([record["confusion"] for record in records], 0))
+        classes = "".join(f"  {name} {value:.3f}"
+                          for name, value in zip(CLASSES[1:], iou[1:], strict=True))
+        return (f"loss {np.mean([record['loss'] for record in records]):.4f}  score {pooled:.4f} "
+                f"({np.mean(scores):.4f} ± {np.std(scores):.4f}){classes}  "
+                f"{self.table.seconds_for(self.table.epochs) / 60:.1f} min left")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def warn(message: str) -> None:
+    """Print a warning of this process, with its number if it is another than the first."""
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"rank {rank}: {message}",
+          file=sys.stdout if rank == "0" else sys.stderr, flush=True)
 
 
 def lacks_memory(error: RuntimeError) -> bool:
@@ -1420,110 +2000,60 @@ def smaller_batch(batch_size: int, error: RuntimeError) -> int:
         raise error
     if batch_size == 1:
         raise UserError("not even one image fits into memory: choose a smaller --width") from error
-    print(f"out of memory at {batch_size} images: going on with {batch_size // 2}", flush=True)
+    warn(f"out of memory at {batch_size} images: going on with {batch_size // 2}")
     return batch_size // 2
 
 
 # ---------------------------------------------------------------------------------------- 11. ranks
 
-class PeerLost(SystemExit):
-    """Another process of this run has ended; no handler of mere errors may go on without it."""
-
-
 class Ranks:
-    """The processes of one run, as torchrun started them: this one's number and how many there are.
-
-    Alone, each method does nothing and costs nothing. Used as a context, it joins and leaves the others.
-    """
+    """The processes of one run, as torchrun started them: this one's number and how many there are. The
+    first one prints and writes; of the others come only errors and warnings."""
 
     def __init__(self):
-        world, rank = (os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK"))
-        self.world = int(world) if world.isdigit() and rank.isdigit() and "MASTER_ADDR" in os.environ else 1
-        self.rank = int(rank) if self.world > 1 else 0  # a cluster's WORLD_SIZE alone is not torchrun
-        self.leaving, self.stdout = threading.Event(), sys.stdout
-
-    def __enter__(self) -> Ranks:
-        if self.rank:  # one says what all do; what a rank does alone goes to self.stdout
+        self.rank, self.world = 0, 1
+        if dist.is_available() and dist.is_torchelastic_launched():
+            self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if self.world > 1:  # waits are as long as another's networks train
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        if self.rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-        if self.world > 1:
-            store, *_ = next(dist.rendezvous("env://"))
-            watched = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                    is_master=False, wait_for_workers=False)
-            here, limit = "here" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), time.monotonic() + 1800
-            watched.add(here, 1)
-            while watched.add(here, 0) < self.world:  # not inside gloo: there no signal is heard
-                time.sleep(0.05)
-                _refuse("torchrun:", (time.monotonic() > limit, "not all processes came within half an hour"))
-            self.watcher = threading.Thread(target=self.watch, args=[watched], daemon=True)
-            self.watcher.start()
-            # waits are as long as a network trains: it is the watch that notices a death
-            dist.init_process_group("gloo", store=dist.PrefixStore("gloo", store), rank=self.rank,
-                                    world_size=self.world, timeout=datetime.timedelta(days=7))
-        return self
 
-    def __exit__(self, kind, *_) -> None:
-        sys.stdout = self.stdout
-        if self.world > 1:
-            try:
-                if kind is None:
-                    self.barrier()  # the last to write is waited for
-            finally:
-                self.leaving.set()
-                self.watcher.join()
-            if kind is None:
-                self.barrier()  # the store lives until nobody watches any more
-                dist.destroy_process_group()
-
-    def watch(self, store, seconds: float = 30.0) -> None:
-        """Send this process SIGTERM when another one, or the store, has given no sign for some seconds."""
-        seen = {}
-        while not self.leaving.wait(seconds / 10):
-            with contextlib.suppress(Exception):  # the store's host is gone: whatever that raises
-                store.add(f"beat{self.rank}", 1)
-                for other in range(self.world):
-                    beat = store.add(f"beat{other}", 0)
-                    if other not in seen or seen[other][0] != beat:
-                        seen[other] = beat, time.monotonic()
-                if all(time.monotonic() - since < seconds for _, since in seen.values()):
-                    continue
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
-
-    def sum(self, array: np.ndarray) -> np.ndarray:
-        """Return the sum over processes of an array that each has filled in part; PeerLost if one ended."""
-        if self.world == 1:
-            return array
-        wide = array.astype(np.int32) if array.dtype == np.uint16 else array  # gloo has no uint16
+    def wait(self, work) -> None:
+        """Wait for a collective, open to signals; torchrun ends the others when one dies."""
         try:
-            work = dist.all_reduce(torch.from_numpy(wide), async_op=True)
-            while not work.is_completed():  # open to signals
-                time.sleep(0.005)
+            while not work.is_completed():
+                time.sleep(0.01)
             work.wait()
         except RuntimeError as e:
-            raise PeerLost(1) from e
-        return wide.astype(array.dtype, copy=False)
+            warn("another process of this run has ended")
+            raise SystemExit(2) from e  # not a mistake after which this one could go on
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        self.sum(np.zeros(1))
+        if self.world > 1:
+            self.wait(dist.all_reduce(torch.zeros(1), async_op=True))
 
-    def gather(self, value: float) -> np.ndarray:
-        """Return every process' value, (world,)."""
-        return self.sum(np.where(np.arange(self.world) == self.rank, value, 0.0))
+    def share(self, value: dict, source: int = 0) -> dict:
+        """Return the source's value, a dict of plain values and tensors, in every process."""
+        if self.world == 1:
+            return value
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        self.wait(dist.broadcast(size, source, async_op=True))
+        data = data if self.rank == source else torch.empty(int(size), dtype=torch.uint8)
+        self.wait(dist.broadcast(data, source, async_op=True))
+        return torch.load(io.BytesIO(data.numpy()), map_location="cpu", weights_only=True)
 
-    def share(self, path: Path, progress: int) -> None:
-        """Give a file to all from the process that has got furthest with it; progress -1: I have none."""
-        each = self.gather(progress)
-        if (each == each[0]).all():  # one folder, or nobody has it
-            return
-        source, data = int(each.argmax()), np.zeros(0, np.uint8)
-        if self.rank == source:  # a kill between two names leaves the one before
-            file = path if path.exists() else path.with_name(path.name + ".prev")
-            data = np.frombuffer(file.read_bytes(), np.uint8)
-        data = self.sum(np.pad(data, (0, int(self.gather(len(data)).sum()) - len(data))))
-        if each[self.rank] < each[source]:
-            with atomic_write(path) as f:
-                f.write(data.tobytes())
+    def gather(self, networks: list[TrainingState]) -> None:
+        """Give each network, that the ranks have trained in turn, to all, with its best weights."""
+        for net, network in enumerate(networks):
+            own = network.state_dict() if net % self.world == self.rank else {}
+            network.load_state_dict(self.share(own, net % self.world))
+            network.ema.model.load_state_dict(network.best)
+            network.ema.model.eval()
 
 
 # ---------------------------------------------------------------------------------------- 12. checkpoints
@@ -1539,10 +2069,10 @@ def atomic_write(path: Path):
     os.replace(temporary, path)
 
 
-def lock_folder(folder: Path):
-    """Return an open file: until it is closed, or the process dies, no other process can lock this folder,
-    if there are locks here at all. UserError if another process holds it."""
-    file = open(folder / "lock", "w")  # noqa: SIM115
+def lock_folder(folder: Path, rank: int = 0):
+    """Return an open file: until it is closed, or the process dies, no other process of this rank can lock
+    this folder, if there are locks here at all. UserError if another one holds it."""
+    file = open(folder / f"lock{rank or ''}", "w")  # noqa: SIM115
     with contextlib.suppress(ImportError, OSError):  # Windows has no fcntl, some file systems no locks
         import fcntl
         try:
@@ -1567,39 +2097,21 @@ def write_json(path: Path, value) -> None:
         f.write(json.dumps(value, indent=1).encode())
 
 
-def take_over(out: Path, identity: dict) -> None:
-    """Copy the state of a run of this identity from Kaggle's inputs, if there is one, into out."""
-    found = KAGGLE_INPUT.rglob("state/identity.json")
-    for file in sorted(found, key=lambda file: -len([*file.parent.glob("stage*.pt")])):  # the furthest
-        with contextlib.suppress(UserError):  # damaged, and perhaps nothing of ours
-            if read_json(file) == identity:
-                print(f"taking over the earlier run of {file.parents[1]}")
-                files = {*file.parent.glob("*.*"), *file.parents[1].glob("outliers.csv")} - {file}
-                for old in (*sorted(files), file):  # the identity last: without it nothing is there
-                    if old.is_file() and old.name != "clock.json":  # another session has its own hours
-                        with atomic_write(out / old.relative_to(file.parents[1])) as f:
-                            f.write(old.read_bytes())
-                return
-
-
 def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Path, object]:
     """Return the state folder inside out, and its lock; UserError if it cannot be written, or holds a run
     that this one, of another identity (plain values by name), cannot go on with; fresh throws that away."""
     file = out / "state" / "identity.json"
-    text = json.dumps(identity)
-    identity = json.loads(text)  # as the file gives it back: tuples are lists
-    each = ranks.gather(zlib.crc32(text.encode()))
-    _refuse("torchrun:", ((each != each[0]).any(), "the processes have different data or options"))
+    identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
+    if ranks.share(identity) != identity:
+        raise UserError("torchrun: the processes have different data or options")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        lock = None if ranks.rank else lock_folder(file.parent)
+        lock = lock_folder(file.parent, ranks.rank)
         ranks.barrier()  # nothing is thrown away that another run has locked
         for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():  # nothing but our own
             for old in filter(Path.is_file, file.parent.glob(pattern)):
                 old.unlink(missing_ok=True)
-        if not fresh and not file.exists():
-            take_over(out, identity)
-        ranks.barrier()
+        ranks.barrier()  # nor what another process of this one has just written
         before = read_json(file)
         ranks.barrier()  # in a common folder none takes another's file for an earlier run's
         write_json(file, before or identity)
@@ -1613,29 +2125,35 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
     return file.parent, lock
 
 
-def save_checkpoint(path: Path, state: dict, keep_previous: bool = True) -> None:
-    """Write state, plain values and tensors only, behind its SHA-256; the one before stays as NAME.prev."""
-    buffer, previous = io.BytesIO(), path.with_name(path.name + ".prev")
+def note_code(state: Path, *sources: str | None) -> None:
+    """Say so if the code, of these files, is not that which began the run in this state folder."""
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in sources if file)).hexdigest()
+    before = read_json(state / "code.json")
+    if before and before.get("sha256") != digest:
+        warn("the code has changed since this run began: networks trained before are used as they are; "
+             "--fresh trains them anew")
+    elif not before:
+        write_json(state / "code.json", {"sha256": digest})
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write state, plain values and tensors only, behind its SHA-256."""
+    buffer = io.BytesIO()
     torch.save(state, buffer)
-    if path.exists():
-        os.replace(path, previous)
     with atomic_write(path) as f:
         f.writelines((hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer()))
-    if not keep_previous:
-        previous.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, log=print) -> dict | None:
-    """Return the state saved at path, or the one before it if this one is damaged, or None."""
-    unreadable = pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError
-    for candidate in path, path.with_name(path.name + ".prev"):
-        with contextlib.suppress(FileNotFoundError):  # or moved by another process of this run
-            raw = candidate.read_bytes()
-            if hashlib.sha256(raw[32:]).digest() == raw[:32]:  # most flipped bits would load in silence
-                with contextlib.suppress(*unreadable):  # with weights_only nothing in a file is executed
-                    return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
-            log(f"{candidate}: damaged; going on from the one before it, or from the start")
-            candidate.rename(candidate.with_suffix(".damaged"))  # the next save must not keep it as .prev
+def load_checkpoint(path: Path) -> dict | None:
+    """Return the state saved at path, None if there is none, or a damaged one, which is named."""
+    if not path.exists():
+        return None
+    raw = path.read_bytes()
+    if hashlib.sha256(raw[32:]).digest() == raw[:32]:  # most flipped bits would load in silence
+        with contextlib.suppress(pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError):
+            # with weights_only nothing in a file is executed
+            return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
+    warn(f"{path}: damaged; what it held is done again")
     return None
 
 
@@ -1679,12 +2197,26 @@ def check_submission(path: Path, num_images: int, num_pixels: int, first_class: 
     return np.stack(labels)
 
 
-def zip_file(path: Path) -> Path:
-    """Write path's zip beside it (164 MB of labels become about 3) and return its name."""
-    target = path.with_suffix(".zip")
-    with atomic_write(target) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.write(path, path.name)
-    return target
+def describe_labels(labels: np.ndarray, truth: np.ndarray | None) -> dict:
+    """Return the shares of labels (M, H, W), and their scores where the truth is known."""
+    figures = {"test_shares": [round(float((labels == c).mean()), 5) for c in range(NUM_CLASSES)]}
+    if truth is not None:
+        figures["test_miou"], iou = iou_scores(confusion_matrix(truth, labels))
+        figures["test_iou"] = iou.tolist()
+    return figures
+
+
+def submit(file: Path, labels: np.ndarray, first_class: int) -> None:
+    """Write labels (M, H, W) as a submission, read it back, and write its zip beside it (164 MB of labels
+    become about 3)."""
+    write_submission(file, labels)
+    read = check_submission(file, len(labels), labels[0].size, first_class)
+    if not np.array_equal(read, labels.reshape(read.shape)):
+        raise UserError(f"{file}: what was read back is not what was written; check the disk")
+    with (atomic_write(file.with_suffix(".zip")) as f,
+          zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive):
+        archive.write(file, file.name)
+    print(f"submission: {file}, {len(labels)} rows, checked")
 
 
 # ---------------------------------------------------------------------------------------- 14. report
@@ -1833,5 +2365,9 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     page = ('<!doctype html><html lang="en"><meta charset="utf-8"><title>Mars terrain: the run</title>'
             f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
             f"<h1>Mars terrain: the run</h1>{''.join(parts)}</html>")
-    with atomic_write(out / "report.html") as f:
-        f.write(page.encode(errors="replace"))
+    try:
+        with atomic_write(out / "report.html") as f:
+            f.write(page.encode(errors="replace"))
+    except OSError as e:  # a full disk: the submission is there
+        (out / "report.html").unlink(missing_ok=True)  # an earlier start's
+        warn(f"report.html: not written ({e.strerror})")

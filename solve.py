@@ -1,22 +1,15 @@
 """From the competition's file to a checked submission.csv, in one go.
 
-    python solve.py --data data/                      the whole run; the same command goes on after a kill
-    python solve.py --data mars.npz --max-hours 1     planned so that a submission exists within the hour
-    python solve.py --recipe paper                    the published system, measured with both metrics
-    python solve.py --width 32 --folds 5 --epochs 40  so much work, if --max-hours allows it
+    python solve.py --data data/                the whole run; after a kill the same command goes on
+    python solve.py --data m.npz --max-hours 1  planned: a submission exists within the hour
+    python solve.py --recipe paper              the published system, measured with both metrics
 
-load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ evidence ─ stage 2 ─ predict ─ write
+load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ evidence ─ stage 2 ─ submit
 
 This file is what we decided; what is true of the task is in lib.py.
 """
 from __future__ import annotations
 
-import contextlib
-import copy
-import os
-import re
-import shlex
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -27,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 import lib
-from lib import NUM_CLASSES, UserError, option
+from lib import NUM_CLASSES, StageInput, TrainingState, UserError, option
 
-# ---------------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------- configuration
 
 @dataclass(frozen=True)
 class Config:
@@ -38,77 +31,86 @@ class Config:
     data: str = option("data", "the competition's .npz, or the folder that holds it", lib.is_path,
                        group="input and output")
     out: str = option("submission", "folder for everything that is written", lib.is_path)
-    recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper").__contains__)
-    max_hours: float = option(11.0, "a submission exists before this many hours are over",
-                              lambda value: 0 <= value <= 9999)
-    seed: int = option(0, "seed of folds, weights and augmentation", lambda v: 0 <= v < 2**63)
+    recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper"))
+    max_hours: float = option(11.0, "a submission exists before they are over", most=9999)
+    seed: int = option(0, "seed of folds, weights and augmentation", most=2**63 - 1)
     fresh: bool = option(False, "throw away the state of an earlier run in --out")
     clean: bool = option(True, "keep intruders in the training set", group="cleaning and frames")
-    witnesses: str = option(",".join(lib.WITNESSES), "who may accuse an image of being an intruder",
-                            lambda value: set(value.split(",")) <= set(lib.WITNESSES))
     template: str = option("", "picture of an intruder, instead of the one discovered")
     frames: bool = option(True, "don't put the camera frames back together")
-    group_frames: bool = option(False, "no frame is in two folds: to measure new frames, not to submit")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch,
-                         group="engine")
+    device: str = option("auto", "auto, cpu, cuda (all) or cuda:N", lib.is_device, group="engine")
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
-                            ("auto", "bfloat16", "float16", "float32").__contains__)
-    folds: int = option(0, "parts, each validates networks taught none of its labels; 1: one 15 %% split",
-                        lambda value: 0 <= value <= 99,
-                        group="size of the work; 0: planned from the measured speed and --max-hours")
-    seeds: int = option(0, "networks of each fold and stage, whose mean counts", lambda v: 0 <= v <= 99)
+                            ("auto", "bfloat16", "float16", "float32"))
+    folds: int = option(0, "each validates networks taught none of its labels; 1: one 15 %% split",
+                        most=99, group="size of the work; 0: planned from speed and --max-hours")
+    seeds: int = option(0, "networks of each fold and stage, whose mean counts", most=99)
     width: int = option(0, "channels of the first level (the paper: 64)")
     epochs: int = option(0, "epochs of each network of each stage")
-    stages: int = option(2, "1: no second stage", (1, 2).__contains__)
-    batch_size: int = option(32, "images a step", lambda value: value > 0, group="training")
-    lr: float = option(2e-3, "learning rate of AdamW", lambda value: 0 < value < 1)
+    stages: int = option(2, "1: no second stage", (1, 2))
+    batch_size: int = option(32, "images a step", least=1, group="training")
+    lr: float = option(2e-3, "learning rate of AdamW", least=1e-9, most=0.999)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    rare_repeat: int = option(3, "how often stage 1 sees images that hold a class under 2 %% of the pixels",
-                              lambda value: value > 0)
-    paste: float = option(0.5, "share of images, small ones, that get patches of such a class",
-                          lambda value: 0 <= value <= 1)
-    patience: int = option(20, "epochs without a better validation before stopping", lambda value: value > 0)
-    ema_decay: float = option(0.99, "weight averaging per step; 0: off", lambda value: 0 <= value < 1)
+    rare_repeat: int = option(3, "how often stage 1 sees images of a class under 2 %%", least=1)
+    paste: float = option(0.5, "share of small images that get patches of such a class", most=1)
+    patience: int = option(20, "epochs without a better validation before stopping", least=1)
+    ema_decay: float = option(0.99, "weight averaging per step; 0: off", most=0.99999)
     # what tells the recipes apart and nobody would sweep
     alpha: float = 1.0            # factor of the focal loss
-    second_lr: float = 0.25       # stage 2's rate, as a share of lr: it goes on with stage 1's weights
-    first_class: int = 1          # 0: background too is learnt and predicted; 1: ignored, never predicted
-    refine: str = "correct"       # stage 2 corrects the common classes, or fills in the "background" alone
-    select: str = "score"         # the validation's mean IoU or its "loss" picks weights, rate and stop
+    second_lr: float = 0.25       # stage 2's rate, a share of lr: it goes on with stage 1's weights
+    second_epochs: float = 0.1    # stage 2's epochs, a share of stage 1's
+    first_class: int = 1          # 0: background too is learnt and predicted; 1: it is ignored
+    refine: str = "correct"       # stage 2 corrects common classes, or fills in "background" alone
+    select: str = "score"         # the validation's mean IoU or its "loss" picks weights and stop
     geometric: tuple = (0.1, 0.25, 8.0)  # shift, scale, degrees
     light: float = 0.2            # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
     tta: bool = True              # mean with the mirrored copy
-    most_epochs: int = 96         # of stage 1, when time is plenty; of 200 only common classes gain (README)
+    most_epochs: int = 96         # of stage 1; of 200 only common classes gain (README)
     weight_decay: float = 1e-2
-    cooldown: float = 0.4         # share of the epochs, the last ones, in which the rate falls to zero
-    fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits out of fold
+    cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
+    fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits best
     small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
     stride: int = 2               # side of the blocks of pixels that the network takes as one
     context: bool = True          # the bottleneck hears of the whole image
-    surroundings: bool = True     # where frames are found, networks see pixels of the tiles around theirs
-    level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; one level of the network more
+    surroundings: bool = True     # networks see pixels of the tiles around theirs in its frame
+    level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; there is a level more
 
 
 RECIPES = {"best": {}, "paper": dict(
-    folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, gamma=3.0, alpha=0.25, rare_repeat=1, paste=0.25,
-    patience=25, ema_decay=0.0, first_class=0, refine="background", select="loss", geometric=(0.2, 0.2, 60.0),
-    light=0.2, flip_vertical=True, tta=False, most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_rare=False,
-    small_share=0.0, stride=1, context=False, level_weights=(0.2, 0.3, 0.5))}
+    folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, second_epochs=0.2, gamma=3.0,
+    alpha=0.25, rare_repeat=1, paste=0.25, patience=25, ema_decay=0.0, first_class=0,
+    refine="background", select="loss", geometric=(0.2, 0.2, 60.0), flip_vertical=True, tta=False,
+    most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, stride=1,
+    context=False, level_weights=(0.2, 0.3, 0.5))}
 
 
 def parse(argv: list[str]) -> Config:
-    """Return the Config that the flags stand for; UserError for one that is unknown or out of range."""
+    """Return the Config that the flags stand for; UserError if one is unknown or out of range."""
     given = lib.parse_flags(Config, argv, __doc__.rpartition("\n\n")[0])
     if "data" not in given and lib.KAGGLE_INPUT.is_dir():
         given["data"] = str(lib.KAGGLE_INPUT)
-    cfg = Config(**{**RECIPES[given.get("recipe", "best")], **given})
-    if cfg.group_frames and not cfg.frames:
-        raise UserError("--group-frames: --recipe paper and --no-frames look for none")
-    return cfg
+    return Config(**{**RECIPES[given.get("recipe", "best")], **given})
 
 
-# ---------------------------------------------------------------------------------------- one run's facts
+# -------------------------------------------------------------------------------- one run's facts
+
+@dataclass(frozen=True)
+class Plan:
+    """How much work is done; made once, saved, and kept when a run goes on."""
+
+    precision: str           # of autocast
+    folds: int = 1
+    seeds: int = 1           # networks of each fold
+    width: int = 16
+    margin: int = 0          # pixels seen around a tile
+    workers: int = 1         # of each rank, when the plan was made
+    threads: int = 1         # of each operation on a CPU
+    epochs: tuple = (1, 1)   # of each network of stage 1 and 2
+    epoch_seconds: tuple = ((1.0, 1.0), (1.0, 1.0))  # a worker's, by stage, small and whole images
+    predict_seconds: float = -np.inf  # until there is a plan no deadline ends a measurement
+    speed: float = 1.0       # training images/s of a rank's workers at once, as measured
+    small_speed: float = 1.0  # of images of half the side
+
 
 @dataclass
 class Run:
@@ -117,92 +119,103 @@ class Run:
     cfg: Config
     state: Path  # the folder of checkpoints, in --out
     clock: lib.Clock
-    device: torch.device
-    dtype: torch.dtype
-    data: lib.Data
-    images: torch.Tensor        # uint8 (N, H, W), on the device; once planned, with a margin all around
-    test_images: torch.Tensor   # uint8 (M, H, W), on the device, with the same margin; M may be 0
-    masks: torch.Tensor         # int8 (N, H, W), on the device; with that margin too, of -1: ignored
-    is_rare: torch.Tensor       # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     ranks: lib.Ranks
-    lock: object                # keeps other runs out of the folder as long as it lives
-    plan: dict
+    lock: object                          # keeps other runs out of the folder as long as it lives
+    data: lib.Data
+    is_rare: np.ndarray                   # bool (NUM_CLASSES,): under 2 % of the labelled pixels
     neighbours: np.ndarray | None         # (N + M, 4) of training and test tiles
     place: np.ndarray | None              # (3, N + M): their frame, row and column
-    fold_of: np.ndarray | None = None
+    workers: lib.Workers
+    plan: Plan | None = None
+    train: StageInput = None              # of stage 1, on the device, with the plan's margin
+    tests: StageInput = None              # the same, without labels; perhaps no image
+    said: np.ndarray = None               # stage 1's probabilities of the test images, see of_tests
+    fold_of: np.ndarray = None
     evidence: lib.Evidence | None = None  # what the frames say
     metrics: dict = field(default_factory=dict)     # what metrics.json holds
-    histories: dict = field(default_factory=dict)   # (stage, net) → list of epochs, for the report
+    histories: dict = field(default_factory=dict)   # (stage, net) → list of epochs
     labels: dict = field(default_factory=dict)      # step → out-of-fold labels, uint8 (N, H, W)
-    confidence: dict = field(default_factory=dict)  # step → their largest probability, uint8 (N, H, W)
+    confidence: dict = field(default_factory=dict)  # step → their probability, uint8 (N, H, W)
 
     @property
-    def folds(self) -> int:
-        return self.plan["folds"]
+    def device(self) -> torch.device:
+        return self.workers.devices[0]
 
     @property
-    def margin(self) -> int:
-        return self.plan.get("margin", 0)
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.plan.precision)
 
     @property
-    def predict_seconds(self) -> float:
-        return self.plan["predict_seconds"] * -(-self.folds // self.ranks.world) / self.folds
-
-    def checkpoint(self, stage: int, net: int) -> Path:
-        seed, fold = divmod(net, self.folds)
-        return self.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
-
-    def mine(self, folds: int) -> range:
-        """Return the folds for which this rank predicts."""
-        return range(folds)[self.ranks.rank::self.ranks.world]
-
-    def index(self, chosen: np.ndarray) -> torch.Tensor:
-        """Return the indices, on the device, where a boolean array is true."""
-        return torch.from_numpy(np.flatnonzero(chosen)).to(self.device)
+    def end(self) -> float:
+        """The clock's seconds at which training leaves the rest of the time to prediction."""
+        return 0.97 * self.clock.limit - self.plan.predict_seconds
 
 
-@dataclass
-class View:
-    """What a network looks at. In stage 2 also what was said there before, and what the frames say."""
-
-    images: torch.Tensor                    # uint8 (N, H, W), with the run's margin; the others have none
-    paste: float = 0.0                      # share of the images trained on that get patches of rare classes
-    cleaned: torch.Tensor | None = None     # masks, uint8 (N, H, W)
-    confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, H, W)
-    evidence: torch.Tensor | None = None    # of labels and of predictions, float (N, 2 * outputs, h, w)
-
-
-def network_input(run: Run, view: View, index) -> torch.Tensor:
-    """Return the input batch of the images at index (tensor or slice), float (B, C, H, W).
-
-    Stage 1: the standardised image. Stage 2, "correct": also the cleaned mask one-hot, its confidence and the
-    frames' evidence, 0 on the margin. Stage 2, "background": also a flag, 0 where stage 1 said background and
-    -1 elsewhere.
-    """
-    x = ((view.images[index].float() - run.data.mean) / run.data.std)[:, None]
-    if view.cleaned is None:
-        return x
-    cleaned = view.cleaned[index][:, None]
-    if run.cfg.refine == "background":
-        return torch.cat([x, -(cleaned != 0).float()], 1)
-    classes = torch.arange(run.cfg.first_class, NUM_CLASSES, device=run.device)[:, None, None]
-    said = [(cleaned == classes).float(), view.confidence[index][:, None].float() / 255]
-    if view.evidence is not None:
-        said.append(F.interpolate(view.evidence[index] / 3, cleaned.shape[2:], mode="bilinear"))
-    return torch.cat([x, F.pad(torch.cat(said, 1), (run.margin,) * 4)], 1)
+def put_on_device(run: Run, margin: int) -> None:
+    """Put training and test images on the device, with a margin of what lies around them."""
+    data, device = run.data, run.device
+    tiles = np.concatenate([data.images, data.test_images])
+    tiles = torch.from_numpy(lib.surroundings(tiles, run.place, margin)).to(device)
+    masks = F.pad(torch.from_numpy(data.masks).char(), (margin,) * 4, value=-1).to(device)
+    # after small images with patches come whole ones as they are: that is what will be predicted
+    run.train = StageInput(tiles[:len(data.images)], data.mean, data.std, masks,
+                           torch.from_numpy(run.is_rare).to(device),
+                           0.0 if run.cfg.small_share else run.cfg.paste)
+    run.tests = StageInput(tiles[len(data.images):], data.mean, data.std)
 
 
-# ---------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------- one network's training
 
-def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Tensor, donors: torch.Tensor,
+def new_network(run: Run, stage: int, net: int, channels: int = 1,
+                parent: lib.UNet | None = None) -> TrainingState:
+    """Return a network to train; its first weights are the parent's, where there is one, or depend
+    on (seed, stage, net) alone. A second network that goes on never answers a rare class."""
+    cfg, (seed, fold) = run.cfg, divmod(net, run.plan.folds)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lib.seed_of(cfg.seed, stage, net, 0))
+        model = lib.UNet(channels, NUM_CLASSES - cfg.first_class, run.plan.width,
+                         len(cfg.level_weights) + 1, cfg.stride, cfg.context)
+    if parent is not None:
+        model.start_from(parent)
+        model.silence(torch.from_numpy(run.is_rare[cfg.first_class:]))
+    path = run.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
+    return TrainingState.begin(path, model, run.device, run.dtype, learning_rate(cfg, stage, 1, 1),
+                               cfg.weight_decay, cfg.ema_decay, cfg.patience)
+
+
+def learning_rate(cfg: Config, stage: int, epoch: int, epochs: int) -> float:
+    """Return the rate of an epoch, from 1: constant, and at last it falls to zero; in a stage 2
+    that goes on with stage 1's weights, and must not forget, it falls from the start."""
+    cooldown = 1.0 if stage == 2 and cfg.refine == "correct" else cfg.cooldown
+    rate = cfg.lr * (cfg.second_lr if stage == 2 else 1.0)
+    return rate * min(1.0, (epochs - epoch + 1) / (cooldown * epochs)) if cooldown else rate
+
+
+def is_small(cfg: Config, stage: int, epoch: int, epochs: int) -> bool:
+    """Return whether an epoch, of so many, sees images of half the side."""
+    return stage == 1 and epoch <= int(cfg.small_share * epochs)
+
+
+def epoch_seconds(cfg: Config, plan: Plan, stage: int, epoch: int, epochs: int) -> float:
+    """Return what the plan expects of an epoch, of so many, of one network."""
+    return plan.epoch_seconds[stage - 1][0 if is_small(cfg, stage, epoch, epochs) else 1]
+
+
+def batch_size(cfg: Config, images: int) -> int:
+    """Return the images a step: few images get smaller steps, not fewer."""
+    return min(cfg.batch_size, max(4, images // 16))
+
+
+def training_batch(run: Run, data: StageInput, index: torch.Tensor, donors: torch.Tensor,
                    gen: torch.Generator) -> lib.Batch:
-    """Return an augmented batch. Rare patches come from the images at donors, which are of the same split."""
+    """Return an augmented batch. Rare patches come from the images at donors, of the same split."""
     cfg = run.cfg
-    x, y = network_input(run, view, index), targets[index]
-    if view.paste and len(donors):
-        pick = donors[torch.randint(len(donors), (len(index),), device=run.device, generator=gen)]
-        rare = torch.where(run.is_rare[targets[pick].clamp_min(0).int()], targets[pick], 0)
-        x, y = lib.paste_rare(x, y, network_input(run, view, pick), rare, gen, view.paste)
+    x, y = data.batch(index, cfg.first_class), data.targets[index]
+    if data.paste and len(donors):
+        pick = donors[torch.randint(len(donors), (len(index),), device=x.device, generator=gen)]
+        patches = data.targets[pick]
+        patches = torch.where(data.is_rare[patches.clamp_min(0).int()], patches, 0)
+        x, y = lib.paste_rare(x, y, data.batch(pick, cfg.first_class), patches, gen, data.paste)
     for dim in (-1, -2) if cfg.flip_vertical else (-1,):
         x, y = lib.flip(x, y, dim, gen)
     if cfg.geometric:
@@ -212,637 +225,425 @@ def training_batch(run: Run, view: View, targets: torch.Tensor, index: torch.Ten
     return x.contiguous(memory_format=torch.channels_last), y
 
 
-def new_training(run: Run, stage: int, net: int, channels: int = 1, parent: lib.UNet | None = None) -> dict:
-    """Return all that training changes, by name; the first weights are the parent's, where there is one, or
-    depend on (seed, stage, net) alone. A second network that goes on never answers a rare class."""
-    cfg, outputs = run.cfg, NUM_CLASSES - run.cfg.first_class
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(lib.generator(torch.device("cpu"), cfg.seed, stage, net, 0).initial_seed())
-        model = lib.UNet(channels, outputs, run.plan["width"], len(cfg.level_weights) + 1, cfg.stride,
-                         cfg.context)
-    if parent is not None:
-        model.start_from(parent)
-        model.silence(run.is_rare[cfg.first_class:])
-    model = model.to(run.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr * (cfg.second_lr if stage == 2 else 1),
-                                  weight_decay=cfg.weight_decay, fused=True)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
-        optimizer, "max", factor=0.6, patience=cfg.patience * 7 // 25, min_lr=1e-6)
-    return {"model": model, "ema": copy.deepcopy(model), "optimizer": optimizer, "scheduler": scheduler,
-            "scaler": torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)}
-
-
-def batch_size(run: Run, images: int) -> int:
-    """Return the images a step: few images get smaller steps, not fewer; so does a small memory."""
-    return min(run.plan.get("batch_size", run.cfg.batch_size), max(4, images // 16))
-
-
-def train_one_epoch(run: Run, parts: dict, view: View, targets: torch.Tensor, train_index: torch.Tensor,
+def train_one_epoch(run: Run, network: TrainingState, data: StageInput, index: torch.Tensor,
                     key: tuple[int, ...], most_steps: int | None = None) -> float:
-    """Train on every image, on rare ones rare_repeat times, in the order of key = (stage, net, epoch), and
-    return the mean loss. Nothing waits for the device inside."""
-    cfg, gen = run.cfg, lib.generator(run.device, run.cfg.seed, *key)
-    model, optimizer, scaler = parts["model"], parts["optimizer"], parts["scaler"]
-    shown = targets[train_index].flatten(1)
-    donors = train_index[sum(((shown == c).any(1) for c in run.is_rare.nonzero()), train_index < 0)]
-    order = torch.cat([train_index, donors.repeat(cfg.rare_repeat - 1)])
-    order = order[torch.randperm(len(order), device=run.device, generator=gen)]
-    total, before = torch.zeros((), device=run.device), int(model.encoder[0][1].num_batches_tracked)
-    model.train()
-    for steps, index in enumerate(order.split(batch_size(run, len(train_index)))[:most_steps], 1):
-        index = index.repeat(2) if len(index) == 1 else index  # batch norm wants two values
-        x, y = training_batch(run, view, targets, index, donors, gen)
-        with lib.autocast(run.device, run.dtype):
-            logits = model(x)
+    """Train on every image at index, on rare ones rare_repeat times, in the order of key = (stage,
+    net, epoch), and return the mean loss. Nothing waits for the device inside; the time's end, a
+    signal or another worker's error ends it between two steps."""
+    cfg, device, results = run.cfg, data.images.device, []
+    gen = lib.generator(device, cfg.seed, *key)
+    donors = index[data.holds_rare[index]]
+    order = torch.cat([index, donors.repeat(cfg.rare_repeat - 1)])
+    order = order[torch.randperm(len(order), device=device, generator=gen)]
+    network.model.train()
+    for batch in order.split(batch_size(cfg, len(index)))[:most_steps]:
+        run.workers.check()
+        if results and run.clock.used() > run.end:
+            break
+        batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm wants two values
+        x, y = training_batch(run, data, batch, donors, gen)
         target = (y.long() - cfg.first_class).clamp_min(-1)  # below the first class learnt: ignored
-        loss = lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma, alpha=cfg.alpha)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0, foreach=True)
-        scaler.step(optimizer)
-        scaler.update()
-        total += loss.detach()
-        lib.update_ema(parts["ema"], model, cfg.ema_decay, before + steps)
-        if run.clock.left() < 0:
-            break  # the budget is a promise, even inside an epoch
-    return float(total / steps)
+
+        def criterion(model, x=x, target=target):
+            with lib.autocast(device, run.dtype):
+                logits = model(x)
+            return lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma,
+                                             alpha=cfg.alpha)
+
+        results.append(network.step(criterion))
+    losses, counted = (torch.stack(one) for one in zip(*results, strict=True))
+    if not counted.any():
+        raise UserError("not one step had a finite gradient")
+    return float(losses[counted].mean())
 
 
-@torch.inference_mode()
-def evaluate(run: Run, model, view: View, targets: torch.Tensor, index: torch.Tensor) -> dict:
-    """Return the validation's "val_loss", mean over images, and "score", the competition's mean IoU."""
-    model.eval()
-    loss = torch.zeros((), device=run.device)
-    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64, device=run.device)
-    for part in index.split(2 * batch_size(run, len(run.images))):
-        y = targets[part].long()
-        with lib.autocast(run.device, run.dtype):
-            x = network_input(run, view, part).contiguous(memory_format=torch.channels_last)
-            logits = model(x)[0]
-        target = (y - run.cfg.first_class).clamp_min(-1)
-        loss += lib.focal_loss(logits, target, gamma=run.cfg.gamma, alpha=run.cfg.alpha) * len(part)
-        pair = y * NUM_CLASSES + logits.argmax(1) + run.cfg.first_class
-        confusion += torch.bincount(pair[y >= 0], minlength=NUM_CLASSES ** 2).view_as(confusion)
-    return {"val_loss": float(loss / len(index)), "score": lib.iou_scores(confusion.cpu().numpy())[0]}
+def validate(run: Run, network: TrainingState, data: StageInput, index: torch.Tensor) -> dict:
+    """Return lib.evaluate's figures of the averaged weights on the images at index, and the
+    "figure" that decides on the best weights, the higher the better."""
+    cfg = run.cfg
+    batches = ((data.batch(part, cfg.first_class), data.targets[part])
+               for part in index.split(2 * batch_size(cfg, len(data.images))))
+    record = lib.evaluate(network.ema.model, batches, run.dtype, cfg.first_class, gamma=cfg.gamma,
+                          alpha=cfg.alpha)
+    figure = record["score"] if cfg.select == "score" else -record["val_loss"]
+    return record | {"figure": figure if np.isfinite(figure) else -1.0}  # -1: nothing is labelled
 
 
-def resume(run: Run, stage: int, net: int, view: View, parent: lib.UNet | None,
-           deadline: float) -> tuple[dict, dict]:
-    """Return new_training's parts as the last epoch left them, and the network's state: its checkpoint, or
-    that of no epoch yet, with as many planned as there is time for."""
-    parts = new_training(run, stage, net, network_input(run, view, slice(1)).shape[1], parent)
-    state = lib.load_checkpoint(run.checkpoint(stage, net))
-    if state is None:
-        affordable = int((deadline - run.clock.used()) / run.plan["epoch_seconds"][stage - 1])
-        planned = max(1, min(run.plan["epochs"][stage - 1], affordable))
-        state = {"planned": planned, "epochs": planned, "history": [], "best": None,
-                 "best_figure": -float("inf"), "best_epoch": 0, "finished": False}
-    elif not state["finished"]:
-        for name, part in parts.items():
-            part.load_state_dict(state.pop(name))
-    return parts, state
+def next_epoch(run: Run, stage: int, net: int, network: TrainingState, whole: StageInput,
+               small: StageInput | None, epochs: int) -> None:
+    """Train a network for its next epoch, of so many in all, on whole images or small ones,
+    validate it, and note what came of it."""
+    cfg, start, epoch = run.cfg, time.monotonic(), len(network.history) + 1
+    data = small if is_small(cfg, stage, epoch, epochs) else whole
+    own = run.fold_of == net % run.plan.folds
+    train, val = (torch.from_numpy(np.flatnonzero(chosen)).to(data.images.device)
+                  for chosen in (~own, own))
+    if cfg.cooldown:
+        for group in network.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, stage, epoch, epochs)
+    if stage == 2 and cfg.refine == "correct" and epoch == 1:  # stage 1's weights may stay the best
+        network.keep_if_best(validate(run, network, data, val)["figure"])
+    record = {"loss": train_one_epoch(run, network, data, train, (stage, net, epoch)),
+              **validate(run, network, data, val), "lr": network.optimizer.param_groups[0]["lr"]}
+    if not cfg.cooldown:
+        network.scheduler.step(record["figure"])
+    network.history.append(record | {"seconds": time.monotonic() - start})
+    # of small images the last is the best, until there is one of whole images
+    network.keep_if_best(-np.inf if data is small else record["figure"])
 
 
-def attempt(run: Run, parts: dict, view: View, targets: torch.Tensor, split: tuple, key: tuple) -> dict | str:
-    """Train for an epoch and return its record, or a word on what went wrong. Without memory for it the batch
-    is halved. Args: split, the indices to train on and to validate on."""
-    try:
-        loss = train_one_epoch(run, parts, view, targets, split[0], key)
-        record = {"loss": loss, **evaluate(run, parts["ema"], view, targets, split[1])}
-    except RuntimeError as e:
-        if not lib.lacks_memory(e):
-            return f"{type(e).__name__}: {e}"
-        run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(split[0])), e)
-        lib.write_json(run.state / "plan.json", run.plan)
-        return "out of memory"
-    return record if np.isfinite(loss + record["val_loss"]) else "the loss is not finite"
+def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
+                parents: list[list[lib.UNet]] | None = None) -> list[list[lib.UNet]]:
+    """Train all networks of a stage side by side, each rank its share, from their fold's parents
+    if there are any, until the clock's deadline; return each fold's with their best weights."""
+    cfg, plan, ranks = run.cfg, run.plan, run.ranks
+    channels = data.batch(slice(1), cfg.first_class).shape[1]
+    networks = [new_network(run, stage, net, channels,
+                            parents[net % plan.folds][net // plan.folds] if parents else None)
+                for net in range(plan.folds * plan.seeds)]
+    mine = networks[ranks.rank::ranks.world]
+    for network in mine:
+        network.resume()
+    small = data.halved(cfg.paste) if is_small(cfg, stage, 1, plan.epochs[stage - 1]) else None
+    inputs = {device: (data.to(device), small and small.to(device))
+              for device in set(run.workers.devices)}
+
+    def cost(epoch: int, epochs: int) -> float:
+        return epoch_seconds(cfg, plan, stage, epoch, epochs)
+
+    def time_left(pace: float) -> float:  # predictions will be slower too
+        return deadline - run.clock.used() - plan.predict_seconds * max(0.0, pace - 1)
+
+    def advance(network: TrainingState, device: torch.device, epochs: int) -> None:
+        next_epoch(run, stage, networks.index(network), network, *inputs[device], epochs)
+
+    table = lib.Timetable(mine, plan.epochs[stage - 1], cost, time_left, cfg.patience,
+                          len(run.workers.devices))
+    lib.train_side_by_side(f"stage {stage}", table, advance, run.workers, run.clock)
+    ranks.gather(networks)
+    run.histories |= {(stage, net): network.history for net, network in enumerate(networks)}
+    models = [network.ema.model for network in networks]
+    return [models[fold::plan.folds] for fold in range(plan.folds)]
 
 
-def save(run: Run, path: Path, parts: dict, state: dict) -> None:
-    """Write the checkpoint that resume reads; of a finished network only what its state holds."""
-    rest = {} if state["finished"] else {name: part.state_dict() for name, part in parts.items()}
-    try:
-        lib.save_checkpoint(path, state | rest, keep_previous=not state["finished"])
-        run.clock.save()
-    except OSError as e:  # a full disk: what is in memory can still win
-        print(f"{path}: not saved ({e.strerror}); going on without", flush=True)
+# --------------------------------------------------------------------------------------- the plan
+
+# (folds, width, margin, epochs of stage 1 that it needs at least), best first: epochs do more than
+# width and folds, and what lies around a tile, at 2 or 3 times the cost, more than further ones
+SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (4, 16, 16, 56), (4, 16, 0, 22),
+         (3, 16, 0, 17), (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
 
-def halved(run: Run, view: View, targets: torch.Tensor) -> tuple[View, torch.Tensor]:
-    """Return images and targets of half the side, rounded up, that get patches pasted."""
-    images = F.avg_pool2d(view.images.float(), 2, ceil_mode=True).round().byte()
-    return View(images, paste=run.cfg.paste), targets[:, ::2, ::2]
+def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes=SIZES) -> Plan:
+    """Return the Plan of what fits into 15/16 of the seconds left, given one of known speed."""
+    around = cfg.surroundings and task.frames and min(task.height, task.width) >= 64
+    small = measured.speed / measured.small_speed  # time of a small image, against a whole one
+    again = 1 + task.rare * (cfg.rare_repeat - 1)  # showings of an image in an epoch of stage 1
+    more = 1.5 * (again if cfg.refine == "background" else 1)  # in stage 2, which has more channels
 
+    def draft(folds: int, seeds: int, width: int, margin: int) -> tuple[Plan, float]:
+        """Return a plan of this size, and how many epochs of stage 1 there is time for."""
+        plan = replace(measured, folds=folds, seeds=seeds, width=width, margin=margin,
+                       **task.share_cores(folds, seeds))
+        speed = measured.speed * task.relative_speed(plan) / task.relative_speed(measured)
+        predict = task.predict_seconds(plan, speed, cfg.stages, 1 + cfg.tta)
+        whole, second = (task.epoch_seconds(plan, speed, shown) for shown in (again, more))
+        one = whole * (1 - (1 - small) * cfg.small_share)  # and its share of stage 2
+        one += second * cfg.second_epochs * (cfg.stages - 1)
+        one *= task.networks(folds, seeds) / plan.workers
+        affordable = 0.9375 * (seconds - predict) / one
+        first = cfg.epochs or max(1, min(cfg.most_epochs, int(affordable)))
+        later = cfg.epochs or max(1, round(first * cfg.second_epochs))
+        return replace(plan, epochs=(first, later * (cfg.stages - 1)), predict_seconds=predict,
+                       epoch_seconds=((small * whole, whole), (second, second))), affordable
 
-def fit(run: Run, stage: int, net: int, view: View, targets: torch.Tensor, deadline: float,
-        parent: lib.UNet | None = None) -> lib.UNet:
-    """Train one network of either stage, or go on with it, and return it with its best weights.
-
-    Args: net, of seed net // folds and fold net % folds; targets int8 (N, H, W), -1 ignored; deadline,
-    seconds of run.clock; parent, a network to start from and to keep if nothing better is found.
-    A kill costs an epoch at most. One that went wrong is done again from the last good one at half the rate;
-    the third time the network stays as it was, UserError if there is none.
-    """
-    cfg, failures, fold = run.cfg, 0, net % run.folds
-    cooldown = cfg.cooldown if parent is None else 1.0  # what goes on must not forget
-    split = run.index(run.fold_of != fold), run.index(run.fold_of == fold)
-    sign, chosen = (1, "score") if cfg.select == "score" else (-1, "val_loss")
-    parts, state = resume(run, stage, net, view, parent, deadline)
-    if parent is not None and state["best"] is None:
-        state["best"] = copy.deepcopy(parts["ema"].state_dict())
-        state["best_figure"] = sign * evaluate(run, parts["ema"], view, targets, split[1])[chosen]
-    history = run.histories[stage, net] = state["history"]
-    title = f"stage {stage}  fold {fold}{f'  seed {net // run.folds}' if run.plan['seeds'] > 1 else ''}"
-    progress = lib.Progress(title, state["planned"], len(history), run.ranks.stdout)
-    while not state["finished"]:
-        epoch, start, group = len(history) + 1, time.monotonic(), parts["optimizer"].param_groups[0]
-        rate, small = group["lr"], stage == 1 and epoch <= int(cfg.small_share * state["epochs"])
-        if cooldown:
-            group["lr"] *= min(1, (state["epochs"] - epoch + 1) / (cooldown * state["epochs"]))
-        seen = halved(run, view, targets) if small else (view, targets)
-        record = attempt(run, parts, *seen, split, (stage, net, epoch))
-        if isinstance(record, str):
-            failures += record != "out of memory"  # that ends by itself, at a batch of one
-            record = f"{progress.title}, epoch {epoch}: {record}"
-            if failures < 3:
-                print(f"{record}; again from the last good one, at half the rate", flush=True)
-                parts = resume(run, stage, net, view, parent, deadline)[0]
-                parts["optimizer"].param_groups[0]["lr"] = rate / 2
-                continue
-            if state["best"] is None:
-                raise UserError(f"{record}, three times; try a smaller --lr or --batch-size")
-            print(f"{record}, three times: the network stays as it was", flush=True)
-            state["finished"] = True
-            save(run, run.checkpoint(stage, net), parts, state)
+    for folds, width, margin, least in sizes:
+        least = max(least, cfg.epochs) if margin and around else least  # what is asked for first
+        plan, affordable = draft(cfg.folds or min(folds, task.train), cfg.seeds or 1,
+                                 cfg.width or width, margin if around else 0)
+        if affordable >= least:
             break
-        record["lr"], group["lr"] = group["lr"], rate
-        figure = sign * record[chosen] if np.isfinite(record[chosen]) else -1.0  # nothing labelled here
-        if not small:
-            parts["scheduler"].step(figure)
-        if small or figure > state["best_figure"]:
-            state |= {"best": copy.deepcopy(parts["ema"].state_dict()), "best_epoch": epoch,
-                      "best_figure": -float("inf") if small else figure}  # of whole images any is better
-        record["seconds"] = time.monotonic() - start
-        history.append(record)
-        affordable = max(0, int((deadline - run.clock.used()) / max(record["seconds"], 1e-3)))
-        if not small or not affordable:  # the rate shall have fallen when the time is up
-            state["epochs"] = min(state["planned"], epoch + affordable)
-        state["finished"] = epoch >= state["epochs"] or epoch - state["best_epoch"] >= cfg.patience
-        save(run, run.checkpoint(stage, net), parts, state)
-        progress.show(epoch, record, run.clock.used() / 60)
-    progress.close()
-    parts["ema"].load_state_dict(state["best"])
-    return parts["ema"]
-
-
-# ---------------------------------------------------------------------------------------- the plan
-
-def measure_speed(run: Run, width: int, margin: int) -> tuple[float, float]:
-    """Return the training speed, images/s, of a network of this width on images with this margin, and how
-    long stage 1's mean epoch is, small images or whole, against one of whole images. Timed are six real
-    steps after three, the fastest of up to three times: what disturbs a moment is not to shrink the whole
-    run, and where all is slower than this the schedule shrinks in time."""
-    run.plan |= {"width": width, "margin": margin}
-    larger = [F.pad(pixels, (margin,) * 4) for pixels in (run.images, run.masks)]  # their values cost nothing
-    whole, speeds = (View(larger[0]), larger[1]), []
-    index = torch.arange(len(run.images), device=run.device)
-    try:
-        parts = new_training(run, 1, 0)
-        for seen in (whole, halved(run, *whole)) if run.cfg.small_share else (whole,):
-            seconds = []
-            while len(seconds) < 2 or len(seconds) < 4 and sum(seconds) < 15:  # large images: once is enough
-                start, steps = time.perf_counter(), 6 if seconds else 3  # the first steps find their memory
-                train_one_epoch(run, parts, *seen, index, (0, 0, 0), steps)
-                seconds.append(time.perf_counter() - start)
-            speeds.append(6 * batch_size(run, len(index)) / min(seconds[1:]))
-    except RuntimeError as e:
-        run.plan["batch_size"] = lib.smaller_batch(batch_size(run, len(index)), e)
-        return measure_speed(run, width, margin)
-    return speeds[0], 1 - (1 - speeds[0] / speeds[-1]) * run.cfg.small_share
-
-
-# (folds, width, margin, epochs of stage 1 that it needs at least), best first: epochs do more than width and
-# folds, and what lies around a tile, at two to three times the cost, more than epochs beyond these (README)
-SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (5, 16, 16, 56), (5, 16, 0, 22), (3, 16, 0, 17),
-         (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
-
-
-def make_plan(run: Run) -> dict:
-    """Return folds, seeds, width, margin and epochs that fit into 15/16 of the time left."""
-    cfg, world = run.cfg, run.ranks.world
-    (n, height, wide), m = run.images.shape, len(run.test_images)
-    around = cfg.surroundings and run.place is not None and min(height, wide) >= 64
-    rare = run.is_rare[run.masks.int()].flatten(1).any(1).float().mean()
-    shown = 1 + float(rare) * (cfg.rare_repeat - 1)  # images an epoch, per image
-    share = 0.8 if cfg.stages == 2 else 1.0  # of the training time, stage 1's
-
-    def measure(width: int, margin: int) -> tuple[float, float, float]:
-        """Return measure_speed's figures and the time left, the worst of all processes, which measure at once
-        as they will train at once."""
-        run.ranks.barrier()
-        speed, small = (run.ranks.gather(figure) for figure in measure_speed(run, width, margin))
-        return float(speed.min()), float(small.max()), float(run.ranks.gather(run.clock.left()).min())
-
-    def cost(folds: int, seeds: int, speed: float) -> tuple[float, float, int]:
-        """Return seconds an epoch of whole images, seconds of all predictions, affordable epochs of stage 1,
-        given training images/s."""
-        part = 1 / folds if folds > 1 else 1 / 7
-        epoch = n * (shown * (1 - part) + 0.4 * part) / speed  # a prediction: 0.3 of a training step
-        passes = seeds * (cfg.stages * (1 + cfg.tta) * (n + m * folds) + cfg.frames * m * folds)
-        predict = 0.35 * passes / speed + 3e-3 * m * folds + 2e-3 * cfg.frames * (n + m)
-        left = time_left - predict * -(-folds // world) / folds
-        return epoch, predict, int(0.9375 * share * left / (-(-folds * seeds // world) * small * epoch))
-    measured, seeds = cfg.width or 16, cfg.seeds or 1
-    speed, small, time_left = measure(measured, 0)
-    for folds, width, margin, least in SIZES:
-        if world < 10 and folds * seeds % world:  # no process waits for another's last network
-            folds = world * max(1, round(folds / world))
-        folds, width = cfg.folds or min(folds, n), cfg.width or width
-        margin *= around
-        least = max(least, cfg.epochs) if margin else least  # what is asked for comes first
-        area = (height + 2 * margin) * (wide + 2 * margin) / (height * wide)
-        if cost(folds, seeds, speed / area * (measured / width) ** 1.7)[2] >= least:  # 1.7: on a CPU
+    while not (cfg.seeds or cfg.epochs) and plan.seeds < 8:
+        larger, affordable = draft(plan.folds, plan.seeds + 1, plan.width, plan.margin)
+        if affordable < 0.75 * cfg.most_epochs:
             break
-    if (width, margin) != (measured, 0):
-        speed, small, time_left = measure(width, margin)
-    enough = 0.75 * cfg.most_epochs
-    while not (cfg.seeds or cfg.epochs) and seeds < 8 and cost(folds, seeds + 1, speed)[2] >= enough:
-        seeds += 1
-    epoch_seconds, predict_seconds, affordable = cost(folds, seeds, speed)
-    first = cfg.epochs or max(1, min(affordable, cfg.most_epochs))
-    ratio = 1.5 / (shown if cfg.refine == "correct" else 1)  # more channels; rare images are shown once
-    second = cfg.epochs or max(1, round(first * small * (1 / share - 1) / ratio))
-    return {**run.plan, "folds": folds, "seeds": seeds, "predict_seconds": predict_seconds,
-            "epochs": [first, second if cfg.stages == 2 else 0],
-            "epoch_seconds": [small * epoch_seconds, ratio * epoch_seconds], "train_images_per_second": speed}
+        plan = larger
+    return plan
 
 
-# ---------------------------------------------------------------------------------------- two stages
+def measure_speed(run: Run) -> Plan:
+    """Return the run's plan with the training images/s of all its workers at once."""
+    put_on_device(run, run.plan.margin)
+    sizes = [run.train, run.train.halved(run.cfg.paste)] if run.cfg.small_share else [run.train]
 
-def train_stage(run: Run, stage: int, view: View, targets: torch.Tensor, end: float,
-                parents: list[list] | None = None) -> list[list[lib.UNet]]:
-    """Return each fold's networks of a stage, by `end` seconds of the clock; fewer folds when time runs out
-    or a network fails. Each rank trains its share of them. Args: parents, the networks to start from."""
-    models, seconds, ranks = {}, run.plan["epoch_seconds"], run.ranks
-    nets = [net for net in range(run.folds * run.plan["seeds"])
-            if not parents or net // run.folds < len(parents[net % run.folds])]
-    starts = {net: parents[net % run.folds][net // run.folds] for net in nets if parents}
-    mine = nets[ranks.rank::ranks.world]
+    def train(network: TrainingState, data: StageInput, steps: int) -> int:
+        every = torch.arange(len(data.images), device=data.images.device)
+        train_one_epoch(run, network, data, every, (0, 0, 0), steps)
+        return steps * batch_size(run.cfg, len(every))
 
-    def share() -> list[int]:
-        """Give each network's furthest checkpoint to all; return the networks that all have finished."""
-        finished = []
-        ranks.barrier()  # all look at the same moment
-        for net in nets if ranks.world > 1 else ():
-            file = run.checkpoint(stage, net)
-            state = lib.load_checkpoint(file)
-            ranks.share(file, len(state["history"]) + 9999 * state["finished"] if state else -1)
-            state = lib.load_checkpoint(file)
-            if ranks.gather(bool(state and state["finished"])).all():
-                finished.append(net)
-        return finished
-
-    share()
-    for left, net in zip(range(len(mine), 0, -1), mine, strict=True):
-        used, needed = run.clock.used(), stage == 1 and net == 0  # for any submission at all
-        late = lib.load_checkpoint(run.checkpoint(stage, net)) is None and used + seconds[stage - 1] > end
-        try:
-            if late and not needed:
-                raise UserError("time is short")
-            models[net] = fit(run, stage, net, view, targets, used + (end - used) / left, starts.get(net))
-        except Exception as e:  # whatever it is, there may be something to submit
-            if needed:
-                raise
-            print(f"{e}: stage {stage} ends after {len(models)} of {len(mine)} networks",
-                  file=ranks.stdout, flush=True)
-            break
-        spent = [epoch["seconds"] for epoch in run.histories[stage, net]] or [seconds[stage - 1]]
-        seconds[stage - 1] = float(np.mean(spent))
-    if ranks.world > 1:  # what counts is what all have
-        models = {net: fit(run, stage, net, view, targets, -1, starts.get(net)) for net in share()}
-    folds = [[models[net] for net in sorted(models) if net % run.folds == fold] for fold in range(run.folds)]
-    return folds[:[*map(bool, folds), False].index(False)]
+    networks = [new_network(run, 1, i) for i in range(len(run.workers.devices))]
+    speeds = lib.training_speed(run.workers, networks, sizes, train)
+    return replace(run.plan, speed=speeds[0], small_speed=speeds[-1])
 
 
-def predict(run: Run, models: list[lib.UNet], view: View, index=None, tta: bool = True) -> np.ndarray:
-    """Return the networks' mean probabilities in 1/255, uint8 (B, NUM_CLASSES, H, W), of images at index."""
-    index = torch.arange(len(view.images), device=run.device) if index is None else index
-    return lib.predict_probs(models, lambda part: network_input(run, view, index[part]), len(index),
-                             run.device, run.dtype, run.cfg.first_class, tta and run.cfg.tta, run.margin)
+def plan_run(run: Run, devices: list[torch.device], task: lib.Task) -> Plan:
+    """Return the plan for the time left: a first one from the speed of a small network, and a
+    second one from the speed of what the first one chose."""
+    cfg = run.cfg
+    run.plan = replace(run.plan, width=cfg.width or 16, workers=task.gpus or task.cores)
+    run.workers = lib.Workers(devices, run.plan.workers)
+    measured = measure_speed(run)
+    plan = make_plan(cfg, task, measured, run.clock.left())
+    if (plan.width, plan.margin, plan.workers) == (run.plan.width, 0, run.plan.workers):
+        return plan
+    run.plan = replace(plan, predict_seconds=-np.inf)
+    run.workers = lib.Workers(devices, plan.workers, plan.threads)
+    cfg = replace(cfg, folds=plan.folds, seeds=plan.seeds)
+    return make_plan(cfg, task, measure_speed(run), run.clock.left(),
+                     [(plan.folds, plan.width, plan.margin, 0)])
 
 
-def out_of_fold(run: Run, stage: list[list[lib.UNet]], view: View) -> np.ndarray:
-    """Return each training image's probabilities, uint8 (N, C, H, W), of networks taught none of its labels.
+# ------------------------------------------------------------------------------------- two stages
 
-    With one split there is none for the images trained on: they get the one there is. Hence folds.
-    """
+def predict(run: Run, models: list[lib.UNet], data: StageInput, index: np.ndarray) -> np.ndarray:
+    """Return the networks' mean probabilities of images, in 1/255, uint8 (B, NUM_CLASSES, H, W)."""
+    margin = (data.images.shape[-1] - run.data.masks.shape[-1]) // 2
+    index = torch.as_tensor(index, device=data.images.device)
+    first_class = run.cfg.first_class
+    return lib.predict_probs(models, lambda part: data.batch(index[part], first_class), len(index),
+                             run.dtype, first_class, run.cfg.tta, margin)
+
+
+def out_of_fold(run: Run, stage: list[list[lib.UNet]], data: StageInput) -> np.ndarray:
+    """Return each training image's probabilities, uint8 (N, C, H, W), of networks taught none of
+    its labels. Of one split there is but one network: it answers for what it was trained on too."""
     n, h, w = run.data.masks.shape
     probs = np.zeros((n, NUM_CLASSES, h, w), np.uint8)
-    for fold in run.mine(len(stage)):
-        chosen = run.fold_of == fold if run.folds > 1 else np.ones(n, bool)
-        probs[chosen] = predict(run, stage[fold], view, run.index(chosen))
-    return run.ranks.sum(probs)
+
+    def answer(part: np.ndarray) -> None:
+        for fold, models in enumerate(stage):
+            own = part[run.fold_of[part] == fold] if len(stage) > 1 else part
+            if len(own):
+                probs[own] = predict(run, models, data, own)
+
+    run.workers.map_parts(answer, np.arange(n))
+    return probs
 
 
-def predicted_cells(run: Run, first: list[list[lib.UNet]], probs: np.ndarray) -> np.ndarray:
-    """Return each fold's predicted class shares, float32 (folds, N + M, C, h, w): out of fold of the training
-    tiles, and of the test tiles by the fold's first networks."""
-    ours = lib.to_cells(probs) / 255
-    cells = np.zeros((run.folds, len(ours) + len(run.test_images), *ours.shape[1:]), np.float32)
-    parts = [run.test_images[i:i + 500] for i in range(0, len(run.test_images), 500)]  # bounded memory
-    for fold in run.mine(run.folds):
-        said = [lib.to_cells(predict(run, first[fold], View(part), tta=False)) / 255 for part in parts]
-        cells[fold] = np.concatenate([ours, *said])
-    return run.ranks.sum(cells)
+def of_tests(run: Run, stage: list[list[lib.UNet]]) -> np.ndarray:
+    """Return each fold's probabilities of the test images, uint8 (folds, M, C, H, W): 2 GB of the
+    competition's 10,022."""
+    (_, h, w), m = run.data.masks.shape, len(run.tests.images)
+    probs = np.zeros((len(stage), m, NUM_CLASSES, h, w), np.uint8)
+
+    def answer(part: np.ndarray) -> None:
+        for own, models in zip(probs, stage, strict=True):
+            own[part] = predict(run, models, run.tests, part)
+
+    run.workers.map_parts(answer, np.arange(m), 64)
+    return probs
 
 
-def final_masks(run: Run, probs: np.ndarray, rule=lib.PLAIN) -> np.ndarray:
-    """Return cleaned labels (N, H, W) of probabilities (N, C, H, W) of any scale, by a rule of lib.decide."""
-    return lib.clean_masks(lib.decide(probs, rule, run.cfg.first_class))
-
-
-def second_view(run: Run, images: torch.Tensor, probs: np.ndarray, evidence: np.ndarray | None) -> View:
-    """Return stage 2's view of images, given what was said there before, probabilities uint8 (B, C, H, W),
-    and the frames' evidence (B, 2, C, h, w), if any."""
-    said = final_masks(run, probs), probs.max(1)
-    cleaned, confidence = (torch.from_numpy(array).to(run.device) for array in said)
+def second_input(run: Run, data: StageInput, probs: np.ndarray,
+                 evidence: np.ndarray | None) -> StageInput:
+    """Return stage 2's input of what was stage 1's, given what was said there before, probabilities
+    uint8 (B, C, H, W), and the frames' evidence (B, 2, C, h, w), if any."""
+    device, background, targets = data.images.device, run.cfg.refine == "background", data.targets
+    cleaned = lib.clean_masks(lib.decide(probs, lib.PLAIN, run.cfg.first_class))
+    cleaned = torch.from_numpy(cleaned).to(device)
     if evidence is not None:
-        evidence = torch.from_numpy(evidence[:, :, run.cfg.first_class:]).to(run.device).flatten(1, 2)
+        evidence = torch.from_numpy(evidence[:, :, run.cfg.first_class:]).flatten(1, 2).to(device)
+    if targets is not None:  # what stage 2 does not answer it does not learn either
+        ignored = cleaned != 0 if background else data.is_rare[targets.clamp_min(0).int()]
+        targets = torch.where(ignored, -1, targets)
     # our networks begin with what stage 1 learnt from patches; the published ones begin anew
-    paste = run.cfg.paste if run.cfg.refine == "background" else 0.0
-    return View(images, paste, cleaned, confidence, evidence)
+    return replace(data, targets=targets, paste=run.cfg.paste if background else 0.0,
+                   cleaned=cleaned, confidence=torch.from_numpy(probs.max(1)).to(device),
+                   evidence=evidence, only_flag=background)
 
 
-def keep_first(run: Run, view: View, before: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Return stage 2's probs of view; as before stay rare classes or, as published, all but background."""
+def keep_first(run: Run, data: StageInput, before: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Return stage 2's probs of its input; as before stay rare classes or, as published, all but
+    background."""
     if run.cfg.refine == "background":
-        return np.where(view.cleaned.cpu().numpy()[:, None] == 0, probs, before)
-    return lib.keep_classes(before, probs, run.is_rare.cpu().numpy())
+        return np.where(data.cleaned.cpu().numpy()[:, None] == 0, probs, before)
+    return lib.keep_classes(before, probs, run.is_rare)
 
 
-def predict_test(run: Run, stages: list[list[list[lib.UNet]]], frames: lib.Evidence | None, rule,
-                 part: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return the last step's probabilities of a part of the test images, summed over folds, uint16
-    (B, C, H, W), and how many folds answer each class by a rule of lib.decide, uint8, of the same shape. Each
-    step starts from what the same fold's networks said before."""
-    images, size, classes = run.test_images[part], run.data.masks.shape[1:], np.arange(NUM_CLASSES)
-    sums, votes = (np.zeros((len(images), NUM_CLASSES, *size), kind) for kind in (np.uint16, np.uint8))
-    for fold in run.mine(len(stages[0])):
-        probs, evidence = predict(run, stages[0][fold], View(images)), None
-        if frames:
-            evidence = frames.test[fold][part]
-            probs = lib.reweigh(probs, evidence, frames.strengths, run.cfg.first_class)
-        if len(stages) == 2:
-            view = second_view(run, images, probs, evidence)
-            probs = keep_first(run, view, probs, predict(run, stages[1][fold], view))
-        sums += probs
-        votes += lib.decide(probs, rule, run.cfg.first_class)[:, None] == classes[:, None, None]
-    return run.ranks.sum(sums), run.ranks.sum(votes)
+def score(run: Run, name: str, probs: np.ndarray) -> None:
+    """Note labels, scores and confidence of a step's out-of-fold probs in run, and print them."""
+    labels, scores = lib.score_step(probs, run.data.masks, run.fold_of, run.plan.folds,
+                                    run.cfg.first_class, run.cfg.fit_rare, run.workers.map)
+    run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
+    print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
+          f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
+    run.confidence[name], run.labels[name] = probs.max(1), labels  # last: it is whole or not there
 
 
-# ---------------------------------------------------------------------------------------- the whole run
+def refine(run: Run, stages: list, probs: np.ndarray) -> None:
+    """Add the second networks to stages, given the first ones and their out-of-fold probs. What the
+    frames say, and what each step scores, is noted in run.
 
-def open_run(cfg: Config, ranks: lib.Ranks | None = None) -> Run:
-    """Return the run that cfg describes, new or gone on with: data loaded and cleaned, the plan made."""
-    ranks = ranks or lib.Ranks()
-    data = lib.load_data(cfg.data)
+    Ours start from the first networks and correct the common classes alone: they have seen the few
+    images of a rare class so often that a second time only fits those closer.
+    """
+    cfg, first = run.cfg, stages[0]
+    if run.place is not None:
+        run.metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
+        run.evidence = lib.frame_evidence(probs, run.said, run.data.masks, run.fold_of, run.place,
+                                          run.workers.map)
+        probs = lib.reweigh(probs, run.evidence.known, run.evidence.strengths, cfg.first_class)
+        score(run, "frames", probs)
+    begun = any(run.state.glob("stage2*"))
+    go = begun or run.clock.used() + run.plan.epoch_seconds[1][1] < run.end
+    if cfg.stages == 1 or not run.ranks.share({"go": go})["go"]:
+        print("no stage 2" + ": the time is up" * (cfg.stages == 2), flush=True)
+        return
+    second = second_input(run, run.train, probs, run.evidence and run.evidence.known)
+    networks = train_stage(run, 2, second, run.end, first if cfg.refine == "correct" else None)
+    probs = keep_first(run, second, probs, out_of_fold(run, networks, second))
+    stages.append(networks)
+    score(run, "stage2", probs)
+
+
+# ---------------------------------------------------------------------------------- the whole run
+
+def open_run(cfg: Config, cores: int = 1) -> Run:
+    """Return the run that cfg describes, new or gone on with: data cleaned, the plan made."""
+    ranks, data = lib.Ranks(), lib.load_data(cfg.data)
     if data.path.name == "sample.npz":
-        print(f"THIS IS THE EMBEDDED SAMPLE {data.path}, drawn: put mars_for_students.npz beside it")
-        if cfg.max_hours == Config.max_hours:  # a demonstration: 4 minutes, unless the flag says otherwise
-            cfg = replace(cfg, max_hours=0.07)
+        print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
+        if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
+            cfg = replace(cfg, max_hours=0.04)
     identity = {"data_sha256": data.sha256, **asdict(cfg)}
     for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
         del identity[key]
     state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh, ranks)
+    lib.note_code(state, lib.__file__, globals().get("__file__"))
+    clock = lib.Clock(state / "clock.json", cfg.max_hours)
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
         cfg = replace(cfg, small_share=0.0)
-    clock = lib.Clock(state / "clock.json", cfg.max_hours)
-    clock.before = float(ranks.gather(clock.before).max())
     print("\n".join(lib.describe(data)), flush=True)
-    device, why = lib.pick_device(cfg.device)
-    share_decisions(ranks, state)  # an earlier run's, whoever has them
-    if ranks.rank:
-        share_decisions(ranks, state)  # rank 0 makes them below
-    plan = lib.read_json(state / "plan.json")  # a resumed run keeps what its clock once measured
-    lib.set_threads(plan.get("threads", 0))
-    dtype, why_dtype = lib.pick_precision(device, plan.get("precision", cfg.precision))
-    plan |= {"threads": torch.get_num_threads(), "precision": str(dtype).removeprefix("torch.")}
-    print(f"device: {device} ({why}), {torch.get_num_threads()} threads; {dtype} ({why_dtype})"
-          f"\n{lib.spare_gpus(device, lib.to_flags(cfg, RECIPES[cfg.recipe]))}".rstrip(), flush=True)
+    devices, why = lib.pick_devices(cfg.device)
+    gpus = len(devices) if devices[0].type == "cuda" else 0
+    helpers, neighbours, place = lib.Workers([torch.device("cpu")], cores), None, None
     if cfg.clean:
-        lib.clean_data(data, state, tuple(cfg.witnesses.split(",")), cfg.template, cfg.seed)
-    neighbours, place = lib.find_frames(data, state, device) if cfg.frames else (None, None)
+        lib.clean_data(data, state, cfg.template, cfg.seed, ranks, helpers.map)
+    if cfg.frames:
+        pmap = map if gpus else helpers.map
+        neighbours, place = lib.find_frames(data, state, devices[0], ranks, pmap)
     lib.keep_freed_memory()  # not before: the frames' peak would stay
-    is_rare = torch.from_numpy(lib.rare_classes(data.masks)).to(device)
-    run = Run(cfg, state, clock, device, dtype, data, torch.from_numpy(data.images).to(device),
-              torch.from_numpy(data.test_images).to(device), torch.from_numpy(data.masks).char().to(device),
-              is_rare, ranks, lock, plan, neighbours, place)
-    if ranks.rank == 0:
-        lib.write_json(state / "plan.json", plan)
-        share_decisions(ranks, state)
-    if "epochs" not in plan:
-        plan = make_plan(run)
-        if ranks.rank == 0:
-            lib.write_json(state / "plan.json", plan)
-        share_decisions(ranks, state)
-        run.plan = plan = lib.read_json(state / "plan.json")
-    if run.margin:
-        tiles = lib.surroundings(np.concatenate([data.images, data.test_images]), place, run.margin)
-        run.images, run.test_images = torch.from_numpy(tiles).to(device).split([len(data.images),
-                                                                                len(data.test_images)])
-        run.masks = F.pad(run.masks, (run.margin,) * 4, value=-1)
-    frame = place[0, :len(data.images)] if cfg.group_frames and place is not None else None
-    run.fold_of = lib.make_folds(data.images, data.masks, plan["folds"], cfg.seed, frame)
-    rounds = -(-plan["folds"] * plan["seeds"] // ranks.world)
-    seconds = rounds * float(np.dot(plan["epochs"], plan["epoch_seconds"])) + run.predict_seconds
-    print(f"plan: {plan['folds']} folds × {plan['seeds']} seeds, width {plan['width']}, margin {run.margin}, "
-          f"at most {plan['epochs'][0]} + {plan['epochs'][1]} epochs, {plan['train_images_per_second']:.0f} "
-          f"training images/s on each of {ranks.world} processes: about {seconds / 60:.1f} of the "
-          f"{max(0, clock.left()) / 60:.1f} minutes left", flush=True)
+    is_rare = lib.rare_classes(data.masks)
+    run = Run(cfg, state, clock, ranks, lock, data, is_rare, neighbours, place, helpers)
+    if ranks.rank == 0 and not (state / "plan.json").exists():  # else it is kept
+        dtype, why_dtype = lib.pick_precision(devices[0], cfg.precision)
+        print(f"device: {', '.join(map(str, devices))} ({why}); {dtype} ({why_dtype})", flush=True)
+        task = lib.Task(len(data.images), len(data.test_images), *data.images.shape[1:],
+                    float(is_rare[data.masks].any((1, 2)).mean()), place is not None, cores, gpus,
+                    ranks.world)
+        run.plan = Plan(str(dtype).removeprefix("torch."))
+        lib.write_json(state / "plan.json", asdict(plan_run(run, devices, task)))
+    run.plan = plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
+    count = min(plan.folds * plan.seeds, gpus or max(1, cores // plan.threads))
+    run.workers = lib.Workers(devices, count, plan.threads)
+    put_on_device(run, plan.margin)
+    run.fold_of = lib.make_folds(data.images, data.masks, plan.folds, cfg.seed)
+    print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, margin {plan.margin}"
+          f", {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, {plan.speed:.0f} images"
+          f" a second, {max(0, clock.left()) / 60:.1f} minutes left", flush=True)
     return run
 
 
-def share_decisions(ranks: lib.Ranks, state: Path) -> None:
-    """Give rank 0's cleaning, frames and plan to all, whose folders may be on other machines."""
-    ranks.barrier()  # until rank 0 has them
-    for file in (state / name for name in ("cleaned.json", "frames.pt", "plan.json")):
-        ranks.share(file, int(ranks.rank == 0) if file.exists() else -1)
+def answer_part(run: Run, stages: list, frames: lib.Evidence | None, rule,
+                index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels (B, H, W), uint8, of the test images at index, and how sure each is, (B,).
 
-
-def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray, end: float) -> list[list[lib.UNet]]:
-    """Return the second networks, given the first ones and their out-of-fold probs; fewer than folds where
-    not all are there. What the frames say, and what each step scores, is noted in run.
-
-    Ours start from the first networks and correct the common classes alone: they have seen the few images of
-    a rare class so often that a second time only fits those closer.
+    The networks of a fold answer step by step, each from what the same fold said before; the mean
+    decides; a rare class is elected by the folds whose answer it is, by a rule of lib.decide.
     """
-    if run.place is not None:
-        run.metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
-        run.evidence = lib.frame_evidence(probs, predicted_cells(run, first, probs), run.data.masks,
-                                          run.fold_of, run.place)
-        # rank 0's: on unlike processors a tie may fall differently
-        run.evidence.strengths = run.ranks.sum(run.evidence.strengths * np.float32(run.ranks.rank == 0))
-        probs = lib.reweigh(probs, run.evidence.known, run.evidence.strengths, run.cfg.first_class)
-        score(run, "frames", probs, run.folds)
-    if run.cfg.stages == 1:
-        return []
-    view = second_view(run, run.images, probs, run.evidence and run.evidence.known)
-    ignored, parents = run.is_rare[run.masks.clamp_min(0).int()], first
-    if run.cfg.refine == "background":
-        ignored, parents = view.cleaned != 0, None
-    second = train_stage(run, 2, view, torch.where(ignored, -1, run.masks), end, parents)
-    if len(second) < run.folds:
-        print("stage 2: not all folds have one; going on without", flush=True)
-    else:
-        score(run, "stage2", keep_first(run, view, probs, out_of_fold(run, second, view)), run.folds)
-    return second
+    data, first_class = replace(run.tests, images=run.tests.images[index]), run.cfg.first_class
+    sums = np.zeros(run.said[0, index].shape, np.uint16)
+    votes, classes = np.zeros(sums.shape, np.uint8), np.arange(NUM_CLASSES)[:, None, None]
+    for fold, said in enumerate(run.said):
+        probs, evidence = said[index], None
+        if frames:
+            evidence = frames.test[fold][index]
+            probs = lib.reweigh(probs, evidence, frames.strengths, first_class)
+        if len(stages) == 2:
+            second = second_input(run, data, probs, evidence)
+            after = predict(run, stages[1][fold], second, np.arange(len(index)))
+            probs = keep_first(run, second, probs, after)
+        sums += probs
+        votes += lib.decide(probs, rule, first_class)[:, None] == classes
+    labels = lib.elect(sums, votes, len(run.said), run.is_rare, first_class)
+    return lib.clean_masks(labels), sums.max(1).mean((1, 2)) / (255 * len(run.said))
 
 
-def solve(cfg: Config, ranks: lib.Ranks) -> dict:
-    """Run everything and return the metrics that metrics.json holds."""
-    run = open_run(cfg, ranks)
-    end = 0.97 * run.clock.limit - run.predict_seconds
-    used = run.clock.used()
-    work = [a * b for a, b in zip(run.plan["epochs"], run.plan["epoch_seconds"], strict=True)]
+def answer_test(run: Run, stages: list, steps: list[str]) -> np.ndarray | None:
+    """Choose the step to submit; return its labels of the test set, uint8 (M, H, W), if any."""
+    best = max(steps, key=lambda name: run.metrics[f"{name}_miou"])
+    frames = None if best == "stage1" else run.evidence
+    needed, rule = stages if best == "stage2" else stages[:1], run.metrics[f"{best}_rule"]
+    answers = run.workers.map_parts(lambda part: answer_part(run, needed, frames, rule, part),
+                                    np.arange(len(run.tests.images)))
+    run.metrics["submitted"] = best
+    if not answers:
+        return None
+    labels, sure = (np.concatenate(part) for part in zip(*answers, strict=True))
+    run.metrics |= lib.describe_labels(labels, run.data.test_labels)
+    run.metrics["test_confidence"] = float(sure.mean())
+    return labels
+
+
+def solve(cfg: Config, cores: int = 1) -> dict:
+    """Run everything and return the metrics that metrics.json holds; a rank but the first: none."""
+    run = open_run(cfg, cores)
+    plan, out = run.plan, run.state.parent
     shape = ("folds", "seeds", "width", "margin", "epochs", "precision")
-    run.metrics |= {"recipe": cfg.recipe, **{key: run.plan.get(key, 0) for key in shape}}
-    # after small images with patches come whole ones as they are: that is what will be predicted
-    view = View(run.images, paste=0.0 if run.cfg.small_share else cfg.paste)
-    stages = [train_stage(run, 1, view, run.masks, used + (end - used) * work[0] / sum(work))]
-    if not stages[0]:
-        raise UserError("no first network was finished on all processes; the same command tries again")
-    probs = out_of_fold(run, stages[0], view)
-    score(run, "stage1", probs, len(stages[0]))
-    spared = Exception if run.ranks.world == 1 else ()  # other processes would know nothing of the error
-    try:
-        if len(stages[0]) == run.folds:
-            stages.append(refine(run, stages[0], probs, end))
-    except spared as e:  # whatever it is, there is something to submit
-        print(f"after stage 1: {type(e).__name__}: {e}; going on without what would have followed")
-    try:
-        test_labels = write_outputs(run, stages)
-    except spared as e:
-        print(f"after stage 1: {type(e).__name__}: {e}; stage 1 is submitted")
-        run.labels = {"stage1": run.labels["stage1"]}
-        test_labels = write_outputs(run, stages)
+    run.metrics |= {"recipe": cfg.recipe, **{name: getattr(plan, name) for name in shape}}
+    work = [sum(epoch_seconds(run.cfg, plan, stage, i + 1, epochs) for i in range(epochs))
+            for stage, epochs in enumerate(plan.epochs, 1)]
+    time_left, first_share = run.end - run.clock.used(), work[0] / sum(work)
+    stages = [train_stage(run, 1, run.train, run.end - time_left * (1 - first_share))]
+    probs = out_of_fold(run, stages[0], run.train)
+    score(run, "stage1", probs)
+    run.said = of_tests(run, stages[0])
+    with lib.going_on(run.metrics):
+        refine(run, stages, probs)
     if run.ranks.rank:
-        return run.metrics
+        return {}
+    with lib.going_on(run.metrics):
+        steps = list(run.labels)  # the published system submits the last one
+        labels = answer_test(run, stages, steps if cfg.refine == "correct" else steps[-1:])
+    if "submitted" not in run.metrics:
+        labels = answer_test(run, stages, ["stage1"])
+    if labels is not None:
+        lib.submit(out / "submission.csv", labels, cfg.first_class)
     run.metrics["minutes"] = round(run.clock.used() / 60, 2)
-    lib.write_json(run.state.parent / "metrics.json", run.metrics)
-    shown = np.isin(run.fold_of, range(len(stages[0])))  # the validated images
-    facts = {"command": shlex.join(["python", "solve.py", *lib.to_flags(run.cfg, RECIPES[run.cfg.recipe])]),
-             "minutes": run.metrics["minutes"], "device": run.device, **lib.fingerprint(run.data),
-             **asdict(run.cfg), **run.plan}
-    try:
-        lib.write_report(run.state.parent, run.metrics, run.histories, facts, run.data, shown, run.labels,
-                         run.confidence[run.metrics["submitted"]], run.place, test_labels)
-    except OSError as e:  # a full disk: the submission is written
-        (run.state.parent / "report.html").unlink(missing_ok=True)  # an earlier start's
-        print(f"report.html: not written ({e.strerror})")
-    for file in sorted(run.state.parent.glob("*.*")):
+    facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]), "device": run.device,
+             **lib.fingerprint(run.data), **asdict(run.cfg), **asdict(plan)}
+    with lib.going_on(run.metrics):
+        lib.write_report(out, run.metrics, run.histories, facts, run.data, run.fold_of >= 0,
+                         run.labels, run.confidence[run.metrics["submitted"]], run.place, labels)
+    lib.write_json(out / "metrics.json", run.metrics)
+    for file in sorted(out.glob("*.*")):
         print(f"written: {file}")
     return run.metrics
 
 
-def score(run: Run, name: str, probs: np.ndarray, folds: int) -> None:
-    """Note the labels, scores and confidence of a step's out-of-fold probs, of the folds trained, in run.
-
-    Rare classes get a rule of their own where that helps: a fold the one that suits the others, the
-    submission that of all folds.
-    """
-    masks, best = run.data.masks, {}
-    tries = [[lib.PLAIN] * (1 + folds)]  # rules of the submission, and of each fold
-    trained = np.isin(run.fold_of, range(folds))
-    if run.cfg.fit_rare and folds > 1:
-        parts = [trained, *(trained & (run.fold_of != fold) for fold in range(folds))]
-        tries.append([lib.fit_rule(probs[part], masks[part]) for part in parts])
-    for rule, *each in tries:
-        labels = np.zeros_like(masks)
-        for fold in range(folds):
-            own = run.fold_of == fold
-            labels[own] = final_masks(run, probs[own], each[fold])
-        result = lib.fold_scores(masks, labels, run.fold_of, folds) | {"rule": rule}
-        if not best or result["miou"] > best["miou"]:
-            chosen, best = labels, result
-    best |= lib.calibration(probs[trained], masks[trained])
-    run.metrics |= {f"{name}_{key}": value for key, value in best.items()}
-    print(f"{name} out of fold: {best['miou']:.4f} ± {best['fold_std']:.4f} mean IoU, the paper's "
-          f"{best['paper_miou']:.4f}; IoU {np.round(best['iou'][1:], 3)}", flush=True)
-    run.labels[name], run.confidence[name] = chosen, probs.max(1)  # last: a step is whole or not there
-
-
-def write_outputs(run: Run, stages: list[list[list[lib.UNet]]]) -> np.ndarray | None:
-    """Choose the step to submit, predict the test set, write submission.csv and its zip, read it back, score
-    it if labels are known; return the labels submitted, uint8 (M, H, W), or None without a test set."""
-    metrics, file, parts, sure = run.metrics, run.state.parent / "submission.csv", [], []
-    steps = [*run.labels] if run.cfg.refine == "correct" else [*run.labels][-1:]  # as published: the last
-    best = max(steps, key=lambda name: metrics[f"{name}_miou"])
-    # rank 0's choice and rule: elsewhere the last bit of a score may differ
-    submitted = metrics["submitted"] = steps[int(run.ranks.gather(steps.index(best))[0])]
-    rule = run.ranks.sum(np.array(metrics[f"{submitted}_rule"]) * (run.ranks.rank == 0))
-    needed = stages if submitted == "stage2" else stages[:1]
-    frames, rare = None if submitted == "stage1" else run.evidence, run.is_rare.cpu().numpy()
-    for start in range(0, len(run.test_images), 500):  # bounded memory
-        part = slice(start, start + 500)
-        sums, votes = predict_test(run, needed, frames, rule, part)
-        if run.ranks.rank == 0:  # one writes
-            labels = lib.elect(sums, votes, len(stages[0]), rare, run.cfg.first_class)
-            parts.append(lib.clean_masks(labels))
-            sure.append(sums.max(1).mean((1, 2)) / (255 * len(stages[0])))
-    if not parts:  # no test set, or not the one that writes
-        return None
-    labels = np.concatenate(parts)
-    lib.write_submission(file, labels)
-    read = lib.check_submission(file, len(labels), labels[0].size, run.cfg.first_class)
-    if not np.array_equal(read, labels.reshape(read.shape)):
-        raise UserError(f"{file}: what was read back is not what was written; check the disk")
-    lib.zip_file(file)
-    print(f"submission: {file}, {len(labels)} rows, checked")
-    metrics |= {"test_shares": [round(float((labels == c).mean()), 5) for c in range(NUM_CLASSES)],
-                "test_confidence": float(np.concatenate(sure).mean())}
-    if run.data.test_labels is not None:
-        metrics["test_miou"], iou = lib.iou_scores(lib.confusion_matrix(run.data.test_labels, labels))
-        metrics["test_iou"] = iou.tolist()
-    return labels
-
-
 def main(argv: list[str]) -> int:
-    """Run the command line argv; return its exit status: 0, 2 a user's mistake, 130 Ctrl-C, 143 SIGTERM."""
-    before = None
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            # an ASCII terminal gets ? for ± instead of a crash; torchrun's processes share one pipe without
-            # a buffer, where a line written in two parts could be cut by another's
-            stream.reconfigure(errors="replace", line_buffering=True, write_through=False)
-    with contextlib.suppress(ValueError):  # not the main thread: its owner handles signals
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        cfg = parse(argv)
-        with lib.Ranks() as ranks:
-            for key, value in solve(cfg, ranks).items():
-                if not key.endswith(("confusion", "reliability")):
-                    print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
-        return 0
-    except (UserError, OSError) as e:  # OSError: a full disk, a folder in a file's place, a closed pipe
-        print(f"solve.py: {e}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, SystemExit) as e:
-        status = 130 if isinstance(e, KeyboardInterrupt) else e.code
-        if status:  # --help leaves with 0
-            why = "stopped" if not isinstance(e, lib.PeerLost) else "another process of this run has ended"
-            print(f"solve.py: {why}; the same command goes on from the last epoch", file=sys.stderr)
-        return status
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    """Run the command line argv; return its exit status: 0, 2 a user's mistake, 3 a mistake in the
+    code after stage 1, in spite of which there is a submission, 130 Ctrl-C, 143 SIGTERM."""
+    def command() -> int:
+        with lib.single_threaded() as cores:
+            metrics = solve(parse(argv), cores)
+        lib.print_metrics(metrics)
+        return 3 if "degraded" in metrics else 0
+
+    return lib.run_command(command)
 
 
 if __name__ == "__main__":
     if "__file__" in globals():
-        status = main(sys.argv[1:])
-        if status and "RANK" in os.environ:  # gloo's threads would wait for the others, for days
-            sys.stderr.flush()
-            os._exit(status)
-        sys.exit(status)
+        sys.exit(main(sys.argv[1:]))
     main([])  # pasted into a notebook: sys.argv belongs to the kernel

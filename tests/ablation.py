@@ -1,10 +1,15 @@
-"""What the camera frames are worth, from the first networks of a finished run, without any training.
+"""What the camera frames are worth, measured in two ways.
 
     python solve.py --data FILE --out OUT [options]
     python tests/ablation.py --data FILE --out OUT [the same options]
+    python tests/ablation.py --group-frames --data FILE --out OUT2 [options]
 
-Prints the competition's score out of fold, over all pixels: of stage 1, of stage 1 with the frames' evidence,
-and with the same tiles put at random places of the same frames, three times: a gain must vanish there.
+The first, without any training, takes the first networks of a finished run and prints the competition's score
+out of fold, over all pixels: of stage 1, of stage 1 with the frames' evidence, and with the same tiles put at
+random places of the same frames, three times: a gain must vanish there.
+
+With --group-frames a run of its own is trained and scored, in which no frame is in two folds: a validated
+tile is one of a new frame, of which no label is known. To measure, not to submit.
 """
 import dataclasses
 import sys
@@ -13,37 +18,104 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 import lib
 import solve
 
+folds_of_images = lib.make_folds  # as it is before train_on_whole_frames replaces it
 
-def main(argv: list[str]) -> dict[str, float]:
-    """Print the table and return the scores by name."""
-    cfg = dataclasses.replace(solve.parse(argv), fresh=False)
+
+def folds_of_frames(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
+                    frame: np.ndarray) -> np.ndarray:
+    """Return the fold of each image, (N,), as lib.make_folds does, with equal images and all images of a
+    frame, int (N,), -1: of none, in one fold."""
+    n = len(images)
+    copy_of = np.unique(images.reshape(n, -1), axis=0, return_inverse=True)[1].ravel()
+    alone = frame.max() + 1 + np.arange(n)
+    frame = np.where(frame < 0, alone, frame)
+    # a graph of groups of copies and of frames, tied by the images
+    nodes = n + frame.max() + 1
+    graph = coo_matrix((np.ones(n), (copy_of, n + frame)), (nodes, nodes))
+    tied = connected_components(graph, directed=False)[1][copy_of]
+    count = len(np.unique(tied))
+    if count < max(2, folds):
+        raise lib.UserError(f"--folds {folds}: the training set has only {count} different frames; "
+                            "leave out --group-frames")
+    return folds_of_images(tied[:, None], masks, folds, seed)  # a group's number in place of its images
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeFrames(solve.Config):
+    """The choices of a run whose folds are made of whole frames: no other run can go on with it."""
+
+    group_frames: bool = True
+
+
+def train_on_whole_frames(cfg: solve.Config, cores: int) -> dict:
+    """Train and score a run whose folds are made of whole frames, and return its metrics."""
+    if not cfg.frames:
+        raise lib.UserError("--group-frames: --recipe paper and --no-frames look for none")
+    found = Path(cfg.out).expanduser() / "state" / "frames.pt"
+
+    def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> np.ndarray:
+        place = lib.load_checkpoint(found)["place"].numpy()
+        return folds_of_frames(images, masks, folds, seed, place[0, :len(images)])
+
+    lib.make_folds = make_folds
+    try:
+        metrics = solve.solve(WholeFrames(**vars(cfg)), cores)
+    finally:
+        lib.make_folds = folds_of_images
+    lib.print_metrics(metrics)
+    return metrics
+
+
+def first_networks(run: solve.Run) -> list[list[lib.UNet]]:
+    """Return each fold's finished networks of stage 1."""
+    models = []
+    for net in range(run.plan.folds * run.plan.seeds):
+        network = solve.new_network(run, 1, net)
+        network.resume()
+        if not network.finished:
+            raise lib.UserError(f"{run.state.parent}: no finished first stage")
+        network.ema.model.load_state_dict(network.best)
+        models.append(network.ema.model.eval())
+    return [models[fold::run.plan.folds] for fold in range(run.plan.folds)]
+
+
+def compare_places(cfg: solve.Config, cores: int) -> dict[str, float]:
+    """Print the scores with the frames as found and with shuffled ones, and return them by name."""
     if not (Path(cfg.out).expanduser() / "state" / "stage1_fold0.pt").exists():
         raise lib.UserError(f"--out {cfg.out} holds no run; solve.py trains one")
-    run = solve.open_run(cfg)
-    models = []
-    for fold in range(run.folds):
-        models.append([solve.new_training(run, 1, fold)["ema"]])
-        state = lib.load_checkpoint(run.checkpoint(1, fold))
-        if state is None or not state["finished"] or run.place is None:
-            raise lib.UserError(f"{run.state.parent}: no finished first stage, or no frames")
-        models[-1][0].load_state_dict(state["best"])
-    probs = solve.out_of_fold(run, models, solve.View(run.images))
-    said = solve.predicted_cells(run, models, probs)
+    run = solve.open_run(cfg, cores)
+    if run.place is None:
+        raise lib.UserError(f"{run.state.parent}: no frames")
+    first = first_networks(run)
+    probs = solve.out_of_fold(run, first, run.train)
+    tests = solve.of_tests(run, first)
     rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)
     places = {"with frames": true}
     for draw in range(3):
-        places[f"at random places, draw {draw}"] = true.copy()
-        places[f"at random places, draw {draw}"][:, placed] = true[:, rng.permutation(placed)]
-    solve.score(run, "stage 1", probs, run.folds)
-    for name, run.place in places.items():
-        frames = lib.frame_evidence(probs, said, run.data.masks, run.fold_of, run.place)
-        own = lib.reweigh(probs, frames.known, frames.strengths, run.cfg.first_class)
-        solve.score(run, name, own, run.folds)
+        shuffled = true.copy()
+        shuffled[:, placed] = true[:, rng.permutation(placed)]
+        places[f"at random places, draw {draw}"] = shuffled
+    solve.score(run, "stage 1", probs)
+    for name, place in places.items():
+        evidence = lib.frame_evidence(probs, tests, run.data.masks, run.fold_of, place, run.workers.map)
+        solve.score(run, name, lib.reweigh(probs, evidence.known, evidence.strengths, cfg.first_class))
     return {name: run.metrics[f"{name}_miou"] for name in ("stage 1", *places)}
+
+
+def main(argv: list[str]) -> dict:
+    """Run the command line argv and return its scores by name, or the metrics of its own run."""
+    words = [word for word in argv if word != "--group-frames"]
+    cfg = solve.parse(words)
+    with lib.single_threaded() as cores:
+        if len(words) < len(argv):
+            return train_on_whole_frames(cfg, cores)
+        return compare_places(dataclasses.replace(cfg, fresh=False), cores)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--epochs", type=int, default=0, help="0: as many as fit into the minutes")
     args = parser.parse_args()
-    start, data, (device, _) = time.monotonic(), lib.load_data(args.data), lib.pick_device()
-    with tempfile.TemporaryDirectory() as folder:
-        lib.clean_data(data, Path(folder), lib.WITNESSES, "", 0)
+    start, data, ((device, *_), _) = time.monotonic(), lib.load_data(args.data), lib.pick_devices()
+    with tempfile.TemporaryDirectory() as folder, lib.single_threaded() as cores:  # as solve.py does it
+        state = Path(folder) / "state"  # outliers.csv is written beside it
+        state.mkdir()
+        lib.clean_data(data, state, "", 0, lib.Ranks(), lib.Workers([torch.device("cpu")], cores).map)
     lib.keep_freed_memory()
     dtype, _ = lib.pick_precision(device)
     images, masks = torch.from_numpy(data.images).to(device), torch.from_numpy(data.masks).long().to(device)

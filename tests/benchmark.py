@@ -1,12 +1,13 @@
 """What the engine's speed is worth: one table of ratios, each pair measured in turn in the same run.
 
-    python tests/benchmark.py                              all of it, ten minutes on 2 cores
+    python tests/benchmark.py                              all of it, half an hour on 2 cores
     python tests/benchmark.py --data mars.npz --width 32   on your file, another network
     python tests/benchmark.py --only speed growth          some parts: speed growth files whole
 
-Figures are medians of ROUNDS rounds after one that warms up. "The usual pipeline" is what most kits for this
-task have: a DataLoader with two workers that augment image by image, float32, one loss, read every step.
-It needs albumentations (pip install albumentations) and is left out without it.
+Figures are medians of ROUNDS rounds after one that warms up, of all workers at once, as many as a run of five
+folds has. "The usual pipeline" is what most kits for this task have: one network, all threads inside each
+operation, a DataLoader with two workers that augment image by image, float32, one loss, read every step. It
+needs albumentations (pip install albumentations) and is left out without it.
 """
 import argparse
 import dataclasses
@@ -20,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
@@ -40,15 +40,33 @@ def seconds(run: solve.Run, *works) -> list[float]:
         for work, times in zip(works, taken, strict=True):
             start = time.perf_counter()
             waited = work() or 0.0  # a work may return seconds that do not count
-            if run.device.type == "cuda":
-                torch.cuda.synchronize(run.device)
+            for device in {device for device in run.workers.devices if device.type == "cuda"}:
+                torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start - waited)
     return [statistics.median(times[1:]) for times in taken]
 
 
+def side_by_side(run: solve.Run, make):
+    """Return a function that does in every worker of a run at once what make(run, device) returned for it."""
+    made = {device: [] for device in run.workers.devices}
+    for device in run.workers.devices:
+        made[device].append(make(run, device))
+
+    def work() -> None:
+        waiting = {device: [*works] for device, works in made.items()}
+        run.workers.run(lambda device: waiting[device].pop()())
+
+    return work
+
+
 def batch_size(run: solve.Run) -> int:
     """Return the images a step that an epoch over all images takes: fewer than 32 on a small file."""
-    return solve.batch_size(run, len(run.images))
+    return solve.batch_size(run.cfg, len(run.data.images))
+
+
+def with_width(run: solve.Run, width: int) -> solve.Run:
+    """Return the run with networks of that width."""
+    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, width=width))
 
 
 def row(what: str, measured: float, unit: str, target: str = "") -> None:
@@ -56,10 +74,10 @@ def row(what: str, measured: float, unit: str, target: str = "") -> None:
     print(f"| {what} | {measured:.3g} {unit} | {target} |", flush=True)
 
 
-def open_run(data: Path, out: str, *flags: str) -> solve.Run:
-    """Return a run with nothing cleaned, planned for the least work."""
-    flags = ("--no-clean", "--no-frames", "--folds", "2", "--epochs", "1", *flags)
-    return solve.open_run(solve.parse(["--data", str(data), "--out", out, "--max-hours", "9", *flags]))
+def open_run(data: Path, out: str, cores: int, *flags: str) -> solve.Run:
+    """Return a run with nothing cleaned, whose workers are those of five folds."""
+    flags = ("--no-clean", "--no-frames", "--folds", "5", "--width", "8", "--epochs", "1", *flags)
+    return solve.open_run(solve.parse(["--data", str(data), "--out", out, "--max-hours", "9", *flags]), cores)
 
 
 # ------------------------------------------------------------------------------ training and prediction
@@ -85,13 +103,14 @@ class Tiles(torch.utils.data.Dataset):
         return torch.from_numpy(out["image"] / np.float32(255))[None], torch.from_numpy(out["mask"]).long()
 
 
-def usual_pipeline(run: solve.Run, width: int):
+def usual_pipeline(run: solve.Run, cores: int):
     """Return a function that trains STEPS batches the usual way, and returns its start-up seconds."""
     tiles = Tiles(run.data.images, run.data.masks.astype(np.uint8))
-    model = lib.UNet(1, lib.NUM_CLASSES, width).to(run.device)
+    model = lib.UNet(1, lib.NUM_CLASSES, run.plan.width).to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
 
     def work() -> float:
+        torch.set_num_threads(cores)
         start = time.perf_counter()
         loader = iter(torch.utils.data.DataLoader(
             tiles, batch_size(run), shuffle=True, num_workers=2, pin_memory=run.device.type == "cuda"))
@@ -104,21 +123,23 @@ def usual_pipeline(run: solve.Run, width: int):
             loss.backward()
             optimizer.step()
             loss.item()
+        torch.set_num_threads(1)
         return waited + (time.perf_counter() - start - waited) / (STEPS + 1)  # nor the one step more
 
     return work
 
 
-def bare_network(run: solve.Run):
+def bare_network(run: solve.Run, device: torch.device):
     """Return a function that trains the network STEPS times on one resident batch, with one loss."""
-    parts = solve.new_training(run, 1, 0)
-    model, optimizer, size = parts["model"].train(), parts["optimizer"], batch_size(run)
-    x = solve.network_input(run, solve.View(run.images), slice(0, size))
-    x, y = x.contiguous(memory_format=torch.channels_last), run.masks[:size].long() - 1
+    network, data, size = solve.new_network(run, 1, 0), run.train.to(device), batch_size(run)
+    network.to(device)
+    model, optimizer = network.model.train(), network.optimizer
+    x = data.batch(slice(0, size), run.cfg.first_class).contiguous(memory_format=torch.channels_last)
+    y = data.targets[:size].long() - 1
 
     def work() -> None:
         for _ in range(STEPS):
-            with lib.autocast(run.device, run.dtype):
+            with lib.autocast(device, run.dtype):
                 logits = model(x)
             loss = F.cross_entropy(logits[0].float(), y, ignore_index=-1)
             optimizer.zero_grad(set_to_none=True)
@@ -128,29 +149,51 @@ def bare_network(run: solve.Run):
     return work
 
 
-def measure_speed(run: solve.Run, width: int) -> None:
-    """Print the training and prediction speed at a width, beside the bare network, the usual pipeline and the
-    bound that the arithmetic sets."""
-    run.plan["width"] = width
-    parts, view, count = solve.new_training(run, 1, 0), solve.View(run.images), STEPS * batch_size(run)
-    index = torch.arange(len(run.images), device=run.device)
-    key = (1, 0, 1)
+def engine(data: lib.StageInput, steps: int | None = STEPS):
+    """Return what side_by_side makes functions of that train for so many steps of an epoch on data."""
+    def make(run: solve.Run, device: torch.device):
+        network, own = solve.new_network(run, 1, 0), data.to(device)
+        network.to(device)
+        index = torch.arange(len(own.images), device=device)
+        return lambda: solve.train_one_epoch(run, network, own, index, (1, 0, 1), steps)
 
-    works = {"engine": lambda: solve.train_one_epoch(run, parts, view, run.masks, index, key, STEPS) * 0,
-             "bare": bare_network(run),
-             "predict": lambda: solve.predict(run, [parts["ema"]], view, index[:count]).sum() * 0}
+    return make
+
+
+def prediction(run: solve.Run, device: torch.device):
+    """Return a function that predicts as many images as STEPS training steps see."""
+    model, data = solve.new_network(run, 1, 0).ema.model.to(device).eval(), run.train.to(device)
+    index = np.arange(STEPS * batch_size(run)) % len(data.images)
+    return lambda: solve.predict(run, [model], data, index)
+
+
+def measure_speed(run: solve.Run, cores: int) -> None:
+    """Print the training and prediction speed, beside the bare network, one worker with all threads, the
+    usual pipeline, and the bound that the arithmetic sets."""
+    count, workers = STEPS * batch_size(run), len(run.workers.devices)
+    works = {"engine": side_by_side(run, engine(run.train)), "bare": side_by_side(run, bare_network),
+             "predict": side_by_side(run, prediction)}
+    images = dict.fromkeys(works, workers * count)
+    if workers > 1:
+        alone = dataclasses.replace(run, workers=lib.Workers([run.device], 1, cores))
+        works["alone"], images["alone"] = side_by_side(alone, engine(run.train)), count
     try:
-        works["usual"] = usual_pipeline(run, width)
+        works["usual"], images["usual"] = usual_pipeline(run, cores), count
     except ImportError:
         print("albumentations is not there: the usual pipeline is left out", flush=True)
-    speed = {name: count / took for name, took in zip(works, seconds(run, *works.values()), strict=True)}
-    size = sum(p.numel() for p in parts["model"].parameters()) / 1e6
-    row(f"width {width} ({size:.2f} M): training", speed["engine"], "images/s")
+    taken = zip(works, seconds(run, *works.values()), strict=True)
+    speed = {name: images[name] / took for name, took in taken}
+    model = solve.new_network(run, 1, 0).model
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    row(f"width {run.plan.width} ({size:.2f} M), {workers} workers × {run.workers.threads} threads: training",
+        speed["engine"], "images/s")
     row("... of the bare network's on one resident batch", speed["engine"] / speed["bare"], "", "≥ 0.90")
+    if "alone" in works:
+        row("... against one worker with all threads, or one GPU", speed["engine"] / speed["alone"], "×")
     if "usual" in works:
         row("... against the usual pipeline", speed["engine"] / speed["usual"], "×", "≥ 3; GPU ≥ 5")
     row("... prediction with flips against training", speed["predict"] / speed["engine"], "×", "≥ 2.5")
-    forward, train = flops(run, parts["model"])
+    forward, train = flops(run, model)
     peak = matmul_flops(run)
     row("bound: training at the speed of one large matrix product", peak / train, "images/s")
     row("bound: prediction with flips, against training", peak / (2 * forward) / speed["engine"], "×")
@@ -158,18 +201,22 @@ def measure_speed(run: solve.Run, width: int) -> None:
 
 def flops(run: solve.Run, model: torch.nn.Module) -> tuple[float, float]:
     """Return the floating-point operations an image of the forward pass, and of a training step."""
-    x = solve.network_input(run, solve.View(run.images), slice(0, 2))
+    x = run.train.batch(slice(0, 2), run.cfg.first_class)
     with FlopCounterMode(display=False) as counter:
-        out = model(x)
+        out = model.train()(x)
         forward = counter.get_total_flops()
         sum(o.mean() for o in out).backward()
     return forward / 2, counter.get_total_flops() / 2
 
 
 def matmul_flops(run: solve.Run, n: int = 2048) -> float:
-    """Return the operations a second of a large matrix product in the run's precision: what can be had."""
-    a, b = (torch.randn(n, n, device=run.device, dtype=run.dtype) for _ in "ab")
-    return 2 * n ** 3 / seconds(run, lambda: torch.mm(a, b).sum().item() * 0)[0]
+    """Return the operations a second of large matrix products in the run's precision, one a worker: what can
+    be had."""
+    def product(run: solve.Run, device: torch.device):
+        a, b = (torch.randn(n, n, device=device, dtype=run.dtype) for _ in "ab")
+        return lambda: torch.mm(a, b).sum().item()
+
+    return len(run.workers.devices) * 2 * n ** 3 / seconds(run, side_by_side(run, product))[0]
 
 
 # ------------------------------------------------------------------------------ cost as work grows
@@ -177,25 +224,20 @@ def matmul_flops(run: solve.Run, n: int = 2048) -> float:
 
 def measure_growth(run: solve.Run) -> None:
     """Print the time per image of epochs of 500 to 10,000 images, and of networks of 8 to 32 channels."""
-    run.plan["width"] = 8
-    n, parts, times = len(run.images), solve.new_training(run, 1, 0), {}
+    workers, times, costs = len(run.workers.devices), {}, []
     for count in (500, 2000, 10000):
-        index = torch.arange(count, device=run.device) % n
-        larger = dataclasses.replace(run, images=run.images[index], masks=run.masks[index])
-        whole = torch.arange(count, device=run.device)
-        rare = run.is_rare[larger.masks.clamp_min(0).int()].flatten(1).any(1).sum()
-        shown = count + int(rare) * (run.cfg.rare_repeat - 1)
-        work = (larger, parts, solve.View(larger.images), larger.masks, whole, (1, 0, 1))
-        times[count] = seconds(run, lambda w=work: solve.train_one_epoch(*w) * 0)[0] / shown
+        index = torch.arange(count, device=run.device) % len(run.data.images)
+        data = dataclasses.replace(run.train, images=run.train.images[index],
+                                   targets=run.train.targets[index])
+        shown = count + int(data.holds_rare.sum()) * (run.cfg.rare_repeat - 1)
+        work = side_by_side(with_width(run, 8), engine(data, None))
+        times[count] = seconds(run, work)[0] / (shown * workers)
         row(f"width 8, an epoch of {count:,} images, time per image", 1e3 * times[count], "ms")
     row("... the slowest against the fastest", max(times.values()) / min(times.values()), "×", "≤ 1.15")
-    index, costs = torch.arange(n, device=run.device), []
     for width in (8, 16, 24, 32):
-        run.plan["width"] = width
-        parts = solve.new_training(run, 1, 0)
-        work = (run, parts, solve.View(run.images), run.masks, index, (1, 0, 1), STEPS)
-        took = seconds(run, lambda w=work: solve.train_one_epoch(*w) * 0)[0] / (STEPS * batch_size(run))
-        costs.append((flops(run, parts["model"])[1], took))
+        wide = with_width(run, width)
+        took = seconds(wide, side_by_side(wide, engine(run.train)))[0] / (STEPS * batch_size(run) * workers)
+        costs.append((flops(wide, solve.new_network(wide, 1, 0).model)[1], took))
         row(f"width {width}: {costs[-1][0] / 1e9:.2f} GFLOP an image and step", 1e-9 * costs[-1][0] / took,
             "GFLOP/s")
     slope = np.polyfit(*np.log(costs).T, 1)[0]
@@ -205,8 +247,8 @@ def measure_growth(run: solve.Run) -> None:
 # ------------------------------------------------------------------------------ files, masks, whole runs
 
 
-def measure_files(run: solve.Run, folder: Path) -> None:
-    """Print what writing and cleaning 10,022 masks takes, and looking for intruders."""
+def measure_files(run: solve.Run, folder: Path, cores: int) -> None:
+    """Print what writing and cleaning 10,022 masks takes, and looking for intruders with all cores."""
     masks = np.resize(run.data.masks.astype(np.uint8), (10022, *run.data.masks.shape[1:]))
     flat = masks.reshape(len(masks), -1)
 
@@ -225,12 +267,9 @@ def measure_files(run: solve.Run, folder: Path) -> None:
     assert (folder / "pandas.csv").read_bytes() == (folder / "ours.csv").read_bytes()
     row(f"CSV of 10,022 rows in {ours:.2f} s, against pandas ({pandas:.1f} s, the same bytes)", ours / pandas,
         "×", "≤ 0.04")
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
     row("opening and closing of 10,022 masks, one core", seconds(run, morphology)[0], "s", "≤ 2")
-    cv2.setNumThreads(threads)
-    start = time.perf_counter()
-    found = lib.find_outliers(run.data.images, run.data.masks)
+    start, helpers = time.perf_counter(), lib.Workers([torch.device("cpu")], cores)
+    found = lib.find_outliers(run.data.images, run.data.masks, pmap=helpers.map)
     row(f"cleaning of {len(run.data.images):,} images, {len(found)} named", time.perf_counter() - start, "s",
         "≤ 60; GPU ≤ 10")
 
@@ -289,16 +328,16 @@ def main() -> None:
     parts = ("speed", "growth", "files", "whole")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, lib.single_threaded() as cores:
         folder = Path(name)
-        run = open_run(args.data, name + "/run", "--device", args.device)
+        run = open_run(args.data, name + "/run", cores, "--device", args.device)
         print("| what | measured | target |\n|---|--:|---|")
         for width in args.width if "speed" in args.only else ():
-            measure_speed(run, width)
+            measure_speed(with_width(run, width), cores)
         if "growth" in args.only:
             measure_growth(run)
         if "files" in args.only:
-            measure_files(run, folder)
+            measure_files(run, folder, cores)
         if "whole" in args.only:
             measure_whole(run, folder, args.data)
 

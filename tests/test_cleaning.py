@@ -154,7 +154,7 @@ def test_whole_class_refused():
 
 
 def test_diverged_autoencoder_left_out(monkeypatch):
-    """A loss that is NaN costs that witness and a sentence, not the lib."""
+    """A loss that is NaN costs that witness and a sentence, not the table."""
     monkeypatch.setattr(lib.F, "mse_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     images, masks = ground(40)
     masks[:, :5] = 2

@@ -56,37 +56,6 @@ def test_copies_share_a_fold(folds):
     np.testing.assert_array_equal(fold_of[90:], fold_of[:10])
 
 
-@pytest.mark.parametrize("folds", [1, 3])
-def test_frames_and_copies_share_a_fold(folds):
-    """With frames given, none is on both sides of a split, nor are two frames tied by a copy; tiles of no
-    frame are on their own."""
-    images, masks = tiles(90, 4)
-    frame = np.repeat(np.arange(-1, 14), 6)  # six tiles are in no frame
-    images[6 * 3] = images[6 * 9 + 2]  # ties frames 2 and 8
-    fold_of = lib.make_folds(images, masks, folds, 0, frame)
-    assert all(len(np.unique(fold_of[frame == f])) == 1 for f in range(14))
-    assert fold_of[6 * 3] == fold_of[6 * 9]
-    assert len(np.unique(fold_of)) == max(2, folds)
-    if folds == 3:
-        assert len(np.unique(fold_of[frame == -1])) > 1
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_rare_frames_are_spread_evenly(seed):
-    """A frame is rare if any of its tiles holds a rare class: of four among ten each of 2 folds has two."""
-    images, masks = tiles(160, seed=seed)
-    frame = np.repeat(np.arange(10) + 300, 16)  # numbers beyond the training tiles': others are of test tiles
-    masks[np.arange(4) * 48 + 5, 0, 0] = 4
-    fold_of = lib.make_folds(images, masks, 2, seed, frame)
-    assert np.bincount(fold_of[np.arange(4) * 48]).tolist() == [2, 2]
-
-
-def test_fewer_frames_than_folds_is_one_sentence():
-    """The sentence speaks of frames, and of the flag that asked for them."""
-    with pytest.raises(lib.UserError, match="only 1 different frames; leave out --group-frames"):
-        lib.make_folds(*tiles(12), 2, 0, np.zeros(12, int))
-
-
 @pytest.mark.parametrize("n", [20, 100, 2505])
 def test_one_fold_is_a_split_of_15_percent(n):
     """folds = 1: one validation set of 13 to 17 %, all others -1: trained on, never validated."""

@@ -1,7 +1,10 @@
 """The competition's metric and the paper's."""
 
+import math
+
 import numpy as np
 import pytest
+import torch
 
 import lib
 
@@ -193,6 +196,59 @@ def test_a_factor_does_not_lower_the_peak():
     probs[0, 1, 0] = 1 - probs[0, 4, 0]
     got = lib.decide(probs, ([1, 1, 1, 1, 4], [0, 0, 0, 0, 0.8]), 1)
     np.testing.assert_array_equal(got[0, 0], [4, 4, 1, 1, 1])
+
+
+@pytest.mark.parametrize("share,helps", [(0.4, True), (0.02, False)])
+def test_a_fold_is_scored_by_the_others_rule(share, helps):
+    """Where rules help, each fold's labels come by the rule that suits the others: rocks of 0.3, which are in
+    one fold alone, are not found there. The submission's rule suits all. Where rules do not help all are
+    plain. Images of no fold get no label, and nobody asks theirs."""
+    probs, masks = (x[:600] for x in noisy_rock(share))
+    fold_of = np.arange(600) % 4 - 1
+    lonely = np.flatnonzero(fold_of == 0)[::2]
+    probs[lonely, 4, :, :4], probs[lonely, 1, :, :4], masks[lonely, :, :4] = 0.3, 0.7, 4
+    probs = np.rint(255 * probs).astype(np.uint8)
+    masks[fold_of < 0] = 4  # if they were asked, rock would be everywhere
+    labels, scores = lib.score_step(probs, masks, fold_of, 3, 1, True)
+    scored, want = fold_of >= 0, np.zeros_like(masks)
+    for fold in range(3):
+        own, others = fold_of == fold, scored & (fold_of != fold)
+        rule = lib.fit_rule(probs[others], masks[others]) if helps else lib.PLAIN
+        want[own] = lib.clean_masks(lib.decide(probs[own], rule, 1))
+    np.testing.assert_array_equal(labels, want)
+    assert (labels[scored] == 4).any() == helps and not (labels[lonely, :, :4] == 4).any()
+    assert scores["rule"] == (lib.fit_rule(probs[scored], masks[scored]) if helps else lib.PLAIN)
+    expected = lib.fold_scores(masks, want, fold_of, 3) | lib.calibration(probs[scored], masks[scored])
+    assert set(scores) == {*expected, "rule"}
+    for name, value in expected.items():
+        np.testing.assert_array_equal(scores[name], value, name)
+    plain, others = lib.score_step(probs, masks, fold_of, 3, 1, False)
+    assert others["rule"] == lib.PLAIN and (plain == labels).all() == (not helps)
+
+
+class Echo(torch.nn.Module):
+    """Logits x and -x of an image x."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # its device is the model's
+
+    def forward(self, x):
+        return [torch.cat([x, -x], 1)]
+
+
+def test_validation_by_hand():
+    """Classes 1 and 2 with a probability of 3/4: a right pixel costs ln 4/3, a wrong one ln 4, background and
+    what is ignored nothing; batches of two images and one. Ignored pixels are in no matrix, background is."""
+    x = math.log(3) / 2 * torch.tensor([[1.0, 1], [1, -1], [-1, -1]])[:, None, None]
+    y = torch.tensor([[1, 2], [1, 0], [2, -1]], dtype=torch.int8)[:, None]
+    got = lib.evaluate(Echo(), zip(x.split(2), y.split(2), strict=True), torch.float32, 1, gamma=0.0)
+    right, wrong = math.log(4 / 3), math.log(4)
+    assert got["val_loss"] == pytest.approx((2 * (2 * right + wrong) / 3 + right) / 3)
+    want = np.zeros((5, 5), int)
+    want[1, 1], want[2, 1], want[0, 2], want[2, 2] = 2, 1, 1, 1
+    assert got["confusion"] == want.tolist()
+    assert got["score"] == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 # ------------------------------------------------------------------------------ calibration

@@ -255,36 +255,40 @@ def test_odd_sizes_have_a_loss(h, w):
 
 
 def two_models():
-    """Return an ema of zeros and a model of ones."""
-    ema, model = lib.UNet(1, 2, 1), lib.UNet(1, 2, 1)
-    for net, value in ((ema, 0.0), (model, 1.0)):
-        for tensor in net.state_dict().values():
+    """Return a model of zeros and one of ones."""
+    models = lib.UNet(1, 2, 1), lib.UNet(1, 2, 1)
+    for value, model in enumerate(models):
+        for tensor in model.state_dict().values():
             tensor.fill_(value)
-    return ema, model
+    return models
 
 
 @pytest.mark.parametrize(
     "steps,decay,moved",
     [(1, 0.99, 9 / 11), (8, 0.99, 0.5), (10**6, 0.99, 0.01), (8, 0.2, 0.8), (10**6, 0.0, 1.0)],
 )
-def test_update_ema_by_hand(steps, decay, moved):
-    """After t steps it moves 1 - min(decay, (1 + t) / (10 + t)) of the way, running statistics included."""
-    ema, model = two_models()
-    lib.update_ema(ema, model, decay, steps)
-    for name, tensor in ema.state_dict().items():
+def test_the_average_by_hand(steps, decay, moved):
+    """In step t it moves 1 - min(decay, (1 + t) / (10 + t)) of the way, running statistics included."""
+    zeros, model = two_models()
+    ema = lib.EMA(zeros, decay)
+    ema.steps = steps - 1
+    ema.update(model)
+    for name, tensor in ema.model.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, torch.full_like(tensor, moved), msg=name)
+    assert ema.steps == steps
+    assert all((t == 0).all() for t in zeros.state_dict().values() if t.is_floating_point())
     assert all((t == 1).all() for t in model.state_dict().values() if t.is_floating_point())
 
 
 def test_decay_0_copies():
     """decay 0 is no averaging: the copy answers as the model does, bit for bit."""
     torch.manual_seed(0)
-    ema, model = lib.UNet(1, 3, 2), lib.UNet(1, 3, 2)
+    ema, model = lib.EMA(lib.UNet(1, 3, 2), 0.0), lib.UNet(1, 3, 2)
     model(torch.randn(2, 1, 32, 32))
-    lib.update_ema(ema, model, 0.0, 1)
+    ema.update(model)
     x = torch.randn(1, 1, 32, 32)
-    assert torch.equal(ema.eval()(x)[0], model.eval()(x)[0])
+    assert torch.equal(ema.model.eval()(x)[0], model.eval()(x)[0])
 
 
 # ------------------------------------------------------------------------------ prediction
@@ -295,7 +299,7 @@ class Ramp(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.heads = [torch.nn.Conv2d(1, 3, 1)]  # predict_probs asks them for the number of classes
+        self.unused = torch.nn.Parameter(torch.zeros(1))  # its device is the model's
 
     def forward(self, x):
         column = torch.linspace(-1, 1, x.shape[-1]).expand_as(x)
@@ -307,9 +311,7 @@ def test_probabilities_by_hand(tta):
     """The softmax in steps of 1/255, mean with the mirrored copy's, in input order over batches of 2; class 0
     stays 0."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
-    got = lib.predict_probs(
-        [Ramp()], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, tta, batch_size=2
-    )
+    got = lib.predict_probs([Ramp()], lambda part: images[part], 5, torch.float32, 1, tta, batch_size=2)
     probs = Ramp()(images)[0].softmax(1)
     if tta:
         probs = (probs + Ramp()(images.flip(-1))[0].softmax(1).flip(-1)) / 2
@@ -321,7 +323,7 @@ def test_probabilities_by_hand(tta):
 def test_the_margin_is_cut_off():
     """Of images that are larger by a margin come the probabilities of what is inside it."""
     images = torch.randn(3, 1, 10, 14, generator=torch.Generator().manual_seed(0))
-    rest = 3, torch.device("cpu"), torch.float32, 1, True
+    rest = 3, torch.float32, 1, True
     whole, inside = (lib.predict_probs([Ramp()], lambda part: images[part], *rest, m) for m in (0, 3))
     assert inside.shape == (3, 4, 4, 8)
     np.testing.assert_array_equal(inside, whole[..., 3:-3, 3:-3])
@@ -336,17 +338,34 @@ class Small(Ramp):
         return super().forward(x)
 
 
-def test_prediction_halves_a_batch_that_does_not_fit(capsys):
-    """Out of memory at 8 and at 4 images: 2 at a time give the same probabilities, and it is said."""
+@pytest.mark.parametrize("batch_size", [0, 8])
+def test_prediction_halves_a_batch_that_does_not_fit(capsys, batch_size):
+    """Out of memory at 8 and at 4 images: 2 at a time give the same probabilities, and it is said. So it is
+    where the first size is the function's own choice."""
     images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
     plain, small = (
-        lib.predict_probs(
-            [net], lambda part: images[part], 5, torch.device("cpu"), torch.float32, 1, True, batch_size=8
-        )
+        lib.predict_probs([net], lambda part: images[part], 5, torch.float32, 1, True, batch_size=batch_size)
         for net in (Ramp(), Small())
     )
     assert (plain == small).all()
     assert "out of memory at 4 images: going on with 2" in capsys.readouterr().out
+
+
+def test_an_input_that_does_not_fit_is_halved_too():
+    """Memory that runs out while the batch is made, already of the first one: smaller ones are made."""
+    images = torch.randn(5, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    asked = []
+
+    def make_input(part):
+        asked.append(part.stop - part.start)
+        assert len(asked) < 20, f"it goes on for ever: {asked}"
+        if asked[-1] > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
+        return images[part]
+
+    got = lib.predict_probs([Ramp()], make_input, 5, torch.float32, 1, True)
+    want = lib.predict_probs([Ramp()], lambda part: images[part], 5, torch.float32, 1, True)
+    assert (got == want).all() and asked[-3:] == [2, 2, 2]
 
 
 def test_an_image_too_large_for_the_memory_is_one_sentence():

@@ -17,7 +17,9 @@ FLAGS = (
 CELLS = {
     "lib": "%%writefile lib.py\n" + (ROOT / "lib.py").read_text(),
     "paste": (ROOT / "solve.py").read_text(),
-    "main": f"assert main(['--out', 'one', {FLAGS}]) == 0",
+    "main": "import torch\ntorch.set_num_threads(2)\n"
+    f"assert main(['--out', 'one', {FLAGS}]) == 0\n"
+    "assert torch.get_num_threads() == 2\ntorch.set_num_threads(1)",
     "save": "%%writefile solve.py\n" + (ROOT / "solve.py").read_text(),
     "import": f"import solve\nassert solve.main(['--out', 'two', {FLAGS}]) == 0",
     "globals": "assert __name__ == '__main__' and '__file__' not in globals()",
@@ -67,10 +69,11 @@ def test_the_paste_reaches_main_without_the_kernels_arguments(executed):
 
 
 def test_the_pasted_functions_do_a_whole_run(executed):
-    """After the two cells main([...]) trains, predicts and writes a checked submission."""
+    """After the two cells main([...]) trains, a network on each of two cores, predicts and writes a checked
+    submission."""
     folder, printed = executed
     out = next(out for name, out, _ in printed if name == "main")
-    assert "stage1_miou: " in out and "submission.csv" in out
+    assert "2 workers" in out and "stage1_miou: " in out and "submission.csv" in out
     lib.check_submission(folder / "one" / "submission.csv", 6, 32 * 64)
 
 
@@ -81,10 +84,12 @@ def test_the_cell_may_run_twice(executed):
 
 
 def test_import_solve_runs_too(executed):
-    """import solve does nothing by itself; solve.main([...]) gives the same submission as the pasted cell."""
+    """import solve does nothing by itself; solve.main([...]) gives the same submission as the pasted cell,
+    here with one worker in place of two."""
     folder, printed = executed
     out = next(out for name, out, _ in printed if name == "import")
     assert out.count("data: ") == 1  # one run, started by the call
+    assert "1 workers" in out
     assert (folder / "two" / "submission.csv").read_bytes() == (
         folder / "one" / "submission.csv"
     ).read_bytes()

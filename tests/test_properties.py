@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -131,17 +132,18 @@ def test_a_network_never_sees_its_fold(tmp_path, write_npz, fold):
     run = solve.open_run(solve.parse(list(map(str, argv))))
 
     def weights(changed):
-        images, masks = run.images.clone(), run.masks.clone()
-        gen, where = lib.generator(CPU, 9), run.index(run.fold_of == changed) if changed is not None else []
+        images, targets, gen = run.train.images.clone(), run.train.targets.clone(), lib.generator(CPU, 9)
+        where = torch.from_numpy(np.flatnonzero(run.fold_of == changed))
         images[where] = torch.randint(256, images[where].shape, generator=gen).to(torch.uint8)
-        masks[where] = torch.randint(5, masks[where].shape, generator=gen).to(torch.int8)
-        parts = solve.new_training(run, 1, fold)
-        index = run.index(run.fold_of != fold)
-        solve.train_one_epoch(run, parts, solve.View(images, paste=1.0), masks, index, (1, fold, 1))
-        return torch.cat([p.detach().flatten() for p in parts["model"].parameters()])
+        targets[where] = torch.randint(5, targets[where].shape, generator=gen).to(torch.int8)
+        data = dataclasses.replace(run.train, images=images, targets=targets, paste=1.0)
+        network = solve.new_network(run, 1, fold)
+        index = torch.from_numpy(np.flatnonzero(run.fold_of != fold))
+        solve.train_one_epoch(run, network, data, index, (1, fold, 1))
+        return torch.cat([p.detach().flatten() for p in network.model.parameters()])
 
-    assert torch.equal(weights(None), weights(fold))
-    assert not torch.equal(weights(None), weights(1 - fold))
+    assert torch.equal(weights(-1), weights(fold))  # -1: of no fold, nothing is changed
+    assert not torch.equal(weights(-1), weights(1 - fold))
 
 
 # ------------------------------------------------------------------------------ the CSV

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -104,11 +105,20 @@ def uninterrupted(tmp_path_factory):
     return data, folder / "out"
 
 
+SAVE_EACH_EPOCH = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import lib, solve
+lib.SAVE_SECONDS = 0
+sys.exit(solve.main(sys.argv[1:]))
+"""
+
+
 def stop_in_training(argv, out, sig, *files):
     """Start the command as a process of its own, send sig once these files of its state are there: (status,
     stderr)."""
     child = subprocess.Popen(
-        [sys.executable, ROOT / "solve.py", *map(str, argv)],
+        [sys.executable, "-c", SAVE_EACH_EPOCH, *map(str, argv)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -130,11 +140,11 @@ def stop_in_training(argv, out, sig, *files):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, uninterrupted):
-    """What kill -9 leaves of that run in the middle of training, after its second checkpoint: folder of
-    --out."""
+    """What kill -9 leaves of that run in the middle of training, after a checkpoint of each network: folder
+    of --out."""
     out = tmp_path_factory.mktemp("killed") / "out"
     code, _ = stop_in_training(
-        ["--data", uninterrupted[0], "--out", out, *LONG], out, signal.SIGKILL, "stage1_fold0.pt.prev"
+        ["--data", uninterrupted[0], "--out", out, *LONG], out, signal.SIGKILL, "stage1_fold1.pt"
     )
     assert code == -signal.SIGKILL
     return out
@@ -223,13 +233,11 @@ def test_unknown_flag_names_the_nearest(given, nearest):
         (["--device", "cuda:x"], "--device"),
         (["--precision", "half"], "--precision"),
         (["--recipe", "papers"], "--recipe"),
-        (["--witnesses", "masks,me"], "--witnesses"),
-        (["--witnesses", ""], "--witnesses"),
         (["--lr"], "--lr"),
         (["--fresh=1"], "--fresh"),
         (["--folds", "100"], "one 15 % split"),  # sums of probabilities have 16 bits
-        (["--group-frames", "--no-frames"], "--group-frames"),
-        (["--group-frames", "--recipe", "paper"], "--group-frames"),
+        (["--group-frames"], "--group-frames"),  # tests/ablation.py
+        (["--witnesses", "masks"], "--witnesses"),
         (["mars.npz"], "mars.npz"),
         (["-x"], "-x"),
     ],
@@ -279,10 +287,11 @@ def test_flags_beat_the_recipe():
     "", "--recipe paper", "--recipe paper --gamma 0.0 --rare-repeat 8 --seed 3",
     "--no-clean --max-hours 0.5 --out a~b", "--no-frames --fresh --width 8"])
 def test_the_command_printed_is_the_one_given(words):
-    """What the report and the torchrun line print parses into the same choices, whatever the recipe."""
+    """What the report prints parses into the same choices, whatever the recipe."""
     cfg = solve.parse(words.split())
-    printed = lib.to_flags(cfg, solve.RECIPES[cfg.recipe])
-    assert solve.parse(printed) == cfg and sorted(printed) == sorted(words.split())
+    printed = shlex.split(lib.to_command(cfg, solve.RECIPES[cfg.recipe]))
+    assert printed[:2] == ["python", "solve.py"]
+    assert solve.parse(printed[2:]) == cfg and sorted(printed[2:]) == sorted(words.split())
 
 
 def test_config_is_frozen():
@@ -433,22 +442,22 @@ def test_one_stage_is_the_mean_over_folds(tmp_path):
 
 
 def test_no_network_is_trained_or_started_on_its_own_fold(tmp_path, monkeypatch):
-    """In both stages fit trains on all images but its fold's, and stage 2's network k starts from the best
-    weights of stage 1's network k: any other has seen fold k."""
-    trained, parents, real = [], {}, solve.new_training
+    """Both stages train on all images but the fold's, and stage 2's network k starts from the best weights
+    of stage 1's network k: any other has seen fold k."""
+    trained, parents, real = [], {}, solve.new_network
 
-    def train(run, parts, view, targets, index, key, *rest, train=solve.train_one_epoch):
+    def train(run, network, data, index, key, *rest, train=solve.train_one_epoch):
         if key[0]:  # 0: the plan's measurement
             trained.append(key)
             assert index.tolist() == np.flatnonzero(run.fold_of != key[1]).tolist()
-        return train(run, parts, view, targets, index, key, *rest)
+        return train(run, network, data, index, key, *rest)
 
     def watched(run, stage, fold, channels=1, parent=None):
         parents[stage, fold] = parent and copy.deepcopy(parent.state_dict())
         return real(run, stage, fold, channels, parent)
 
     monkeypatch.setattr(solve, "train_one_epoch", train)
-    monkeypatch.setattr(solve, "new_training", watched)
+    monkeypatch.setattr(solve, "new_network", watched)
     assert start(["--data", write(tmp_path), "--out", tmp_path / "out", *FAST])[0] == 0
     assert {key[:2] for key in trained} == {(1, 0), (1, 1), (2, 0), (2, 1)}
     for fold in (0, 1):
@@ -457,21 +466,23 @@ def test_no_network_is_trained_or_started_on_its_own_fold(tmp_path, monkeypatch)
         assert all(torch.equal(value, best[name]) for name, value in parents[2, fold].items())
 
 
+def two_test_images(monkeypatch, said):
+    """A run whose answer to two test images can be asked for, given what each fold's stage 1 said, and the
+    sums of probabilities it elects by."""
+    tiles, sums = torch.zeros(2, 4, 4, dtype=torch.uint8), []
+    real = lib.elect
+    monkeypatch.setattr(lib, "elect", lambda *args: sums.append(args[0]) or real(*args))
+    data = SimpleNamespace(masks=tiles)
+    return SimpleNamespace(tests=lib.StageInput(tiles, 0.0, 1.0), cfg=solve.Config(), data=data,
+                           is_rare=np.arange(5) == 4, said=np.stack(said)), sums
+
+
 def test_sums_of_folds_do_not_overflow(monkeypatch):
-    """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88."""
-    said = np.full((2, 5, 4, 4), 200, np.uint8)
-    monkeypatch.setattr(solve, "predict", lambda *_: said.copy())
-    tiles = torch.zeros(2, 4, 4, dtype=torch.uint8)
-    run = SimpleNamespace(
-        test_images=tiles,
-        ranks=lib.Ranks(),
-        mine=range,
-        cfg=solve.Config(),
-        data=SimpleNamespace(masks=tiles),
-    )
-    sums, votes = solve.predict_test(run, [[[None]] * 3], None, lib.PLAIN, slice(0, 2))
-    assert sums.dtype == np.uint16 and (sums == 600).all()
-    assert (votes == (np.arange(5) == 1)[:, None, None] * 3).all()  # of equals the first
+    """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88; and they are as sure as one."""
+    run, sums = two_test_images(monkeypatch, [np.full((2, 5, 4, 4), 200, np.uint8)] * 3)
+    _, sure = solve.answer_part(run, [[[None]] * 3], None, lib.PLAIN, np.arange(2))
+    assert sums[0].dtype == np.uint16 and (sums[0] == 600).all()
+    np.testing.assert_allclose(sure, 200 / 255)
 
 
 def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
@@ -486,20 +497,11 @@ def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
     probs = 255 * np.random.default_rng(0).dirichlet(np.ones(4), (2, 2, 4, 4))  # of two stages, two images
     first, second = np.pad(probs, [(0, 0)] * 4 + [(1, 0)]).round().astype(np.uint8).transpose(0, 1, 4, 2, 3)
     monkeypatch.setattr(solve, "predict", lambda run, models, *_: models[0])
-    tiles, is_rare = torch.zeros(2, 4, 4, dtype=torch.uint8), torch.arange(5) == 4
-    fake = SimpleNamespace(
-        test_images=tiles,
-        ranks=lib.Ranks(),
-        mine=range,
-        cfg=solve.Config(),
-        is_rare=is_rare,
-        device=torch.device("cpu"),
-        data=SimpleNamespace(masks=tiles),
-    )
-    sums, _ = solve.predict_test(fake, [[[first]] * 2, [[second]] * 2], None, lib.PLAIN, slice(0, 2))
-    np.testing.assert_array_equal(sums[:, 4], 2 * first[:, 4].astype(int))
+    fake, sums = two_test_images(monkeypatch, [first] * 2)
+    solve.answer_part(fake, [[[None]] * 2, [[second]] * 2], None, lib.PLAIN, np.arange(2))
+    np.testing.assert_array_equal(sums[0][:, 4], 2 * first[:, 4].astype(int))
     share = (255.0 - first[:, 4:]) / second[:, 1:4].sum(1, keepdims=True)
-    np.testing.assert_allclose(sums[:, 1:4], 2 * share * second[:, 1:4], atol=1.01)
+    np.testing.assert_allclose(sums[0][:, 1:4], 2 * share * second[:, 1:4], atol=1.01)
 
 
 def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
@@ -511,12 +513,12 @@ def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
         real(run, *rest)
         run.metrics["stage2_miou"] = -1.0
 
-    def watched(run, networks, *rest, predict=solve.predict_test):
+    def watched(run, networks, *rest, answer=solve.answer_part):
         asked.append(len(networks))
-        return predict(run, networks, *rest)
+        return answer(run, networks, *rest)
 
     monkeypatch.setattr(solve, "score", worse)
-    monkeypatch.setattr(solve, "predict_test", watched)
+    monkeypatch.setattr(solve, "answer_part", watched)
     out = shutil.copytree(run[0], tmp_path / "out")
     assert start(["--data", write(tmp_path), "--out", out, *FAST])[0] == 0
     metrics = strict_json(out / "metrics.json")
@@ -656,7 +658,7 @@ def test_killed_run_ends_in_the_same_bytes(tmp_path, uninterrupted, killed):
     status, out, err = start(["--data", data, "--out", tmp_path / "out", *LONG])
     assert status == 0, err
     assert "going on" in out and "damaged" not in out
-    assert int(re.search(r"stage 1 +fold 0 +epoch (\d+)/5", out)[1]) >= 3  # two epochs were not lost
+    assert int(re.search(r"stage 1  epoch (\d+)/5", out)[1]) >= 2  # what was saved was not lost
     same_as(whole, tmp_path / "out")
 
 
@@ -677,39 +679,43 @@ def test_finished_run_goes_straight_to_the_prediction(run):
     before = (out / "submission.csv").read_bytes()
     status, printed, err = start(["--data", out.parent / "mars.npz", "--out", out, *FAST])
     assert status == 0, err
-    assert not re.search(r"stage \d +fold \d+ +epoch", printed)
+    assert "stage1 out of fold" in printed and not re.search(r"stage \d +epoch", printed)
     assert (out / "submission.csv").read_bytes() == before
 
 
-def test_an_earlier_output_attached_on_kaggle_is_gone_on_with(tmp_path, uninterrupted, killed, monkeypatch):
-    """A killed run's output below /kaggle/input, another one's beside it: a new --out takes over the one of
-    the same data and options, trains no epoch of it again, and ends in the bytes of an uninterrupted run."""
-    shutil.copytree(killed, tmp_path / "input" / "earlier" / "submission")
-    other = tmp_path / "input" / "another" / "state"
-    other.mkdir(parents=True)
-    (other / "identity.json").write_text('{"seed": 9}')
-    monkeypatch.setattr(lib, "KAGGLE_INPUT", tmp_path / "input")
-    status, printed, err = start(["--data", uninterrupted[0], "--out", tmp_path / "out", *LONG])
-    assert status == 0, err
-    assert "taking over" in printed and "stage 1  fold 0  epoch 1/" not in printed
-    same_as(uninterrupted[1], tmp_path / "out")
-
-
 def test_flipped_bit_in_a_checkpoint_is_survived(tmp_path, uninterrupted, killed):
-    """Fault 41: the newest checkpoint is damaged too; the run says so, goes on from the one before, and ends
-    the same."""
+    """Fault 41: a checkpoint is damaged; the run says so, trains that network again, and ends the same."""
     data, whole = uninterrupted
     shutil.copytree(killed, tmp_path / "out")
     file = tmp_path / "out" / "state" / "stage1_fold0.pt"
-    if not file.exists():  # the kill came between the two renames
-        os.replace(file.with_name(file.name + ".prev"), file)
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 4
     file.write_bytes(raw)
     status, out, err = start(["--data", data, "--out", tmp_path / "out", *LONG])
     assert status == 0, err
-    assert "damaged" in out and "stage1_fold0.pt" in out
+    assert "damaged" in out and "stage1_fold0.pt" in out and "stage 1  epoch 1/5" in out
     same_as(whole, tmp_path / "out")
+
+
+def test_changed_code_is_said(run, tmp_path):
+    """Fault 61: networks of another version of the code are used, and a line says so and names --fresh;
+    without a change there is none."""
+    out = shutil.copytree(run[0], tmp_path / "out")
+    argv = ["--data", write(tmp_path), "--out", out, *FAST]
+    assert "the code has changed" not in start(argv)[1]
+    lib.write_json(out / "state" / "code.json", {"sha256": "another"})
+    status, printed, _ = start(argv)
+    assert status == 0 and re.search("the code has changed since.*--fresh", printed)
+
+
+def test_the_plan_is_kept_on_resume(run, tmp_path, monkeypatch):
+    """A run that goes on measures nothing: the plan that was made is the plan, however slow the machine is
+    now."""
+    out = shutil.copytree(run[0], tmp_path / "out")
+    before = (out / "state" / "plan.json").read_text()
+    monkeypatch.setattr(solve, "measure_speed", None)
+    assert start(["--data", write(tmp_path), "--out", out, *FAST])[0] == 0
+    assert (out / "state" / "plan.json").read_text() == before
 
 
 def test_other_data_in_the_same_folder(tmp_path):
@@ -850,29 +856,29 @@ def test_no_pickle_can_be_loaded():
                 keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
                 calls[name].append((ast.unparse(node.func.value), keywords.get("weights_only")))
             assert getattr(node, "arg", None) != "allow_pickle"
-    assert calls == {"load": [("torch", "True")], "loads": [("json", None)] * 3}
+    assert calls == {"load": [("torch", "True")] * 2, "loads": [("json", None)] * 3}
+
+
+def opened(tmp_path, write_npz, tiny, *flags):
+    """Return a run on tiny data, opened and planned."""
+    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, *flags]
+    return solve.open_run(solve.parse(list(map(str, argv))))
 
 
 def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     """--paste 1 changes images of stage 1; stage 2's, which carry a prior, come as they are or mirrored."""
-    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--paste", "1"]
-    run = solve.open_run(solve.parse(list(map(str, argv))))
+    run = opened(tmp_path, write_npz, tiny, "--paste", "1")
     run.cfg = dataclasses.replace(run.cfg, geometric=(), light=0.0)  # what else changes every image
-    every = torch.arange(len(run.images))
-    donors = every[(run.masks == 4).flatten(1).any(1)]
-    probs = np.full((len(every), 5, *run.images.shape[1:]), 51, np.uint8)
-    views = solve.View(run.images, paste=1.0), solve.second_view(run, run.images, probs, None)
-    changed = []
-    for view in views:
-        gen = torch.Generator().manual_seed(0)
-        x, y = solve.training_batch(run, view, run.masks, every, donors, gen)
-        plain = solve.network_input(run, view, every)[:, :1]
-        same = [
-            any(torch.equal(x[i, :1], image) and torch.equal(y[i], mask) for image, mask in pair)
-            for i, pair in enumerate(
-                [(p, m), (p.flip(-1), m.flip(-1))] for p, m in zip(plain, run.masks, strict=True)
-            )
-        ]
+    every = torch.arange(len(run.train.images))
+    donors = every[(run.train.targets == 4).flatten(1).any(1)]
+    assert run.train.paste == 1.0  # no small images: so small they are themselves
+    probs, changed = np.full((len(every), 5, *run.train.images.shape[1:]), 51, np.uint8), []
+    for data in run.train, solve.second_input(run, run.train, probs, None):
+        x, y = solve.training_batch(run, data, every, donors, torch.Generator().manual_seed(0))
+        plain = data.batch(every, 1)[:, :1]
+        same = [any(torch.equal(x[i, :1], image) and torch.equal(y[i], mask)
+                    for image, mask in [(p, m), (p.flip(-1), m.flip(-1))])
+                for i, (p, m) in enumerate(zip(plain, data.targets, strict=True))]
         changed.append(len(same) - sum(same))
     assert changed[0] > len(every) // 2 and changed[1] == 0
 
@@ -883,10 +889,10 @@ def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
     that has seen whole ones."""
     seen, real = [], solve.train_one_epoch
 
-    def watched(run, parts, view, targets, index, key, *rest):
-        assert view.images.shape == targets.shape
-        seen.append((*key, view.images.shape[1], view.paste))
-        return real(run, parts, view, targets, index, key, *rest)
+    def watched(run, network, data, index, key, *rest):
+        assert data.images.shape == data.targets.shape
+        seen.append((*key, data.images.shape[1], data.paste))
+        return real(run, network, data, index, key, *rest)
 
     monkeypatch.setattr(solve, "train_one_epoch", watched)
     argv = ["--data", write_npz(**tiny(h=65, w=127)), "--out", tmp_path / "out", *FAST, "--epochs", "3"]
@@ -897,47 +903,31 @@ def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
         assert lib.load_checkpoint(tmp_path / "out" / "state" / f"stage1_fold{fold}.pt")["best_epoch"] == 3
 
 
-@pytest.mark.parametrize("slow, epochs", [(1.0, 20), (2.0, 17), (4.0, 13)])
+@pytest.mark.parametrize("slow, epochs", [(1.0, 20), (2.0, 15), (4.0, 12)])
 def test_the_rate_has_fallen_when_the_time_is_up(write_npz, tiny, tmp_path, monkeypatch, slow, epochs):
-    """Twenty epochs are planned for 20 s: whatever the whole images cost, and though one epoch takes 3 s, the
-    last one before the deadline has the last rate of a shorter schedule."""
-    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST, "--epochs", "20"]
-    run = solve.open_run(solve.parse(list(map(str, argv))))
-    run.cfg, now = dataclasses.replace(run.cfg, small_share=0.5), [0.0]
-    run.clock = SimpleNamespace(used=lambda: now[0], save=lambda: None)
+    """Twenty epochs of two networks are planned for 34 s: whatever the whole images cost, and though one
+    epoch takes 3 s, both networks come equally far, and the last epoch before the deadline has the last
+    rate of a shorter schedule."""
+    run, now = opened(tmp_path, write_npz, tiny, "--epochs", "20"), [0.0]
+    run.cfg = dataclasses.replace(run.cfg, small_share=0.5)
+    run.plan = dataclasses.replace(run.plan, epoch_seconds=((0.6, 1.0), (1.0, 1.0)), predict_seconds=0.0)
+    run.clock = SimpleNamespace(used=lambda: now[0], save_now_and_then=lambda: None)
 
-    def attempt(*args):
-        epoch = args[-1][2]
-        now[0] += 0.6 if epoch <= 10 else 3.0 if (epoch, slow) == (12, 1.0) else slow
-        return {"loss": 1.0, "val_loss": 1.0, "score": epoch / 99}
+    def train(run, network, data, index, key):
+        now[0] += 0.6 if key[2] <= 10 else 3.0 if key == (1, 0, 12) and slow == 1 else slow
+        return 1.0
 
-    monkeypatch.setattr(solve, "attempt", attempt)
+    def validate(run, network, *_):
+        figure = float(len(network.history))
+        return {"val_loss": 1.0, "score": 0.5, "confusion": [[1] * 5] * 5, "figure": figure}
+
+    monkeypatch.setattr(solve, "train_one_epoch", train)
+    monkeypatch.setattr(solve, "validate", validate)
     monkeypatch.setattr(solve.time, "monotonic", lambda: now[0])
-    run.plan["epoch_seconds"] = [1.0, 1.0]
-    solve.fit(run, 1, 0, solve.View(run.images), run.masks, 20.0)
-    history = run.histories[1, 0]
-    assert len(history) == epochs and now[0] <= 20.0
-    assert history[-1]["lr"] == pytest.approx(run.cfg.lr / (run.cfg.cooldown * epochs))
-
-
-def test_the_first_process_decides_threads_precision_and_plan(write_npz, tiny, tmp_path, monkeypatch):
-    """The second of two processes trains in the precision that the first has chosen, here one that no CPU
-    would choose, and by the plan that the first has written, not by its own."""
-    told = {"threads": 1, "precision": "float16"}
-    made = {"folds": 2, "seeds": 1, "width": 4, "epochs": [1, 1], "epoch_seconds": [1.0, 1.0],
-            "predict_seconds": 1.0, "train_images_per_second": 1.0}
-    written = iter([None, told, {**told, **made}])
-
-    def share(path, progress):
-        if path.name == "plan.json" and (plan := next(written)):
-            lib.write_json(path, plan)
-
-    ranks = SimpleNamespace(world=2, rank=1, barrier=int, share=share, stdout=sys.stdout, sum=lambda a: a,
-                            gather=lambda value: np.full(2, value))
-    monkeypatch.setattr(solve, "make_plan", lambda run: {**run.plan, **made, "width": 99})
-    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST]
-    run = solve.open_run(solve.parse(list(map(str, argv))), ranks)
-    assert (run.dtype, run.plan) == (torch.float16, {**told, **made})
+    solve.train_stage(run, 1, run.train, 34.0)
+    assert [len(history) for history in run.histories.values()] == [epochs] * 2 and now[0] <= 34.0
+    for history in run.histories.values():
+        assert history[-1]["lr"] == pytest.approx(run.cfg.lr / (run.cfg.cooldown * epochs))
 
 
 def test_networks_see_around_their_tile(tmp_path, monkeypatch):
@@ -947,44 +937,45 @@ def test_networks_see_around_their_tile(tmp_path, monkeypatch):
     masks = (1 + (images > 110)).astype(np.uint8)
     file = write(tmp_path, training_set=np.stack([images[:24], masks[:24]], 1), test_set=images[24:],
                  test_labels=masks[24:])
-    seen, real = [], solve.write_outputs
-    monkeypatch.setattr(solve, "write_outputs", lambda run, stages: seen.append(run) or real(run, stages))
+    seen, real = [], solve.answer_test
+    monkeypatch.setattr(solve, "answer_test", lambda run, *args: seen.append(run) or real(run, *args))
     argv = ["--data", file, "--out", tmp_path / "out", *FAST]
     status, out, err = start(argv)
     assert status == 0, err
     run, metrics = seen[0], strict_json(tmp_path / "out" / "metrics.json")
-    assert run.margin == metrics["margin"] == 32 and "margin 32" in out
-    tiles = torch.cat([run.images, run.test_images])
+    assert run.plan.margin == metrics["margin"] == 32 and "margin 32" in out
+    tiles = torch.cat([run.train.images, run.tests.images])
     np.testing.assert_array_equal(tiles, lib.surroundings(images, run.place, 32))
     assert (run.neighbours >= 0).any(1).mean() > 0.8  # else there is nothing to see
-    assert torch.equal(run.masks, F.pad(torch.from_numpy(masks[:24]).char(), (32,) * 4, value=-1))
+    padded = F.pad(torch.from_numpy(masks[:24]).char(), (32,) * 4, value=-1)
+    assert torch.equal(run.train.targets, padded)
     assert {"stage1", "frames", "stage2"} <= set(run.labels) and metrics["test_miou"] > 0.3
-    view = solve.second_view(run, run.images, np.full((24, 5, 64, 128), 51, np.uint8), run.evidence.known)
-    x = solve.network_input(run, view, slice(2))
+    probs = np.full((24, 5, 64, 128), 51, np.uint8)
+    second = solve.second_input(run, run.train, probs, run.evidence.known)
+    x = second.batch(slice(2), 1)
     assert x.shape == (2, 1 + 4 + 1 + 8, 128, 192) and x[:, 1:, :32].abs().max() == 0
-    inside = solve.network_input(dataclasses.replace(run, plan=run.plan | {"margin": 0}),
-                                 dataclasses.replace(view, images=view.images[:, 32:-32, 32:-32]), slice(2))
+    inside = dataclasses.replace(second, images=second.images[:, 32:-32, 32:-32]).batch(slice(2), 1)
     assert torch.equal(x[..., 32:-32, 32:-32], inside)
     alone = dataclasses.replace(run.cfg, surroundings=False, out=str(tmp_path / "alone"))
-    assert solve.open_run(alone).images.shape == (24, 64, 128)
+    assert solve.open_run(alone).train.images.shape == (24, 64, 128)
 
 
 def test_images_of_rare_classes_are_shown_again(tmp_path, tiny, write_npz, monkeypatch):
     """An epoch shows an image with a rare class rare_repeat times, others once; those are the donors."""
-    argv = ["--data", write_npz(**tiny()), "--out", tmp_path / "out", *FAST]
-    run = solve.open_run(solve.parse(list(map(str, argv))))
-    run.masks[:] = 1
-    run.masks[3, 5, 5], run.masks[4, :9, 0], run.masks[7, 0, 0] = 4, 2, -1
-    run.is_rare, shown = torch.isin(torch.arange(5), torch.tensor([2, 4])), []
+    run = opened(tmp_path, write_npz, tiny)
+    masks = torch.ones_like(run.train.targets)
+    masks[3, 5, 5], masks[4, :9, 0], masks[7, 0, 0] = 4, 2, -1
+    rare, shown = torch.isin(torch.arange(5), torch.tensor([2, 4])), []
+    data = dataclasses.replace(run.train, targets=masks, is_rare=rare)
     real = solve.training_batch
 
-    def batch(run, view, targets, index, donors, gen):
+    def batch(run, data, index, donors, gen):
         shown.extend(index.tolist())
         assert donors.tolist() == [3, 4]
-        return real(run, view, targets, index, donors, gen)
+        return real(run, data, index, donors, gen)
 
     monkeypatch.setattr(solve, "training_batch", batch)
-    parts, every = solve.new_training(run, 1, 0), torch.arange(len(run.images))
-    solve.train_one_epoch(run, parts, solve.View(run.images), run.masks, every, (1, 0, 1))
+    network, every = solve.new_network(run, 1, 0), torch.arange(len(masks))
+    solve.train_one_epoch(run, network, data, every, (1, 0, 1))
     counts = np.bincount(shown)
     assert counts[[3, 4]].tolist() == [8, 8] and (np.delete(counts, [3, 4]) == 1).all()

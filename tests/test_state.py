@@ -31,6 +31,20 @@ def test_damaged_state_is_one_sentence(tmp_path, name):
         lib.read_json(tmp_path / name)
 
 
+def test_changed_code_is_named(tmp_path, capsys):
+    """A run that goes on with other code than it began with says so in a line; with the same it says nothing,
+    and what a notebook's cell has no file of is left out."""
+    code = tmp_path / "code.py"
+    code.write_text("a = 1")
+    for _ in range(2):
+        lib.note_code(tmp_path, code, None)
+        assert capsys.readouterr().out == ""
+    code.write_text("a = 2")
+    lib.note_code(tmp_path, code, None)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "code has changed" in said and "--fresh" in said
+
+
 def test_an_ascii_terminal_does_not_crash():
     """The help holds ─ and ×; a terminal that cannot show them gets ? instead."""
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -38,14 +52,14 @@ def test_an_ascii_terminal_does_not_crash():
     assert done.returncode == 0 and b"?" in done.stdout and not done.stderr
 
 
-def test_an_edited_report_does_not_change_the_cleaning(tmp_path, monkeypatch):
+def test_an_edited_report_does_not_change_the_cleaning(tmp_path):
     """What the cleaning decided holds on resume, whatever becomes of outliers.csv."""
     images = np.random.default_rng(0).integers(0, 255, (6, 8, 8)).astype(np.uint8)
     data = lib.Data(Path("x"), "", images, images % 5, images[:0], images[:0])
     state = lib.open_state(tmp_path, {}, False, lib.Ranks())[0]
     lib.write_json(state / "cleaned.json", {"index": [2]})
     pd.DataFrame({"index": [0, 1], "reasons": ["masks", "masks"]}).to_csv(tmp_path / "outliers.csv")
-    lib.clean_data(data, state, lib.WITNESSES, "", 0)
+    lib.clean_data(data, state, "", 0, lib.Ranks())
     np.testing.assert_array_equal(data.images, np.delete(images, 2, 0))
     np.testing.assert_array_equal(data.outlier_images, images[2:3])
 

@@ -1,8 +1,10 @@
 """The CSV as bytes, its checker and its zip."""
 
 import io
+import os
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -171,14 +173,55 @@ def test_background_is_allowed_when_asked_for(tmp_path):
         lib.check_submission(tmp_path / "s.csv", 3, 24, first_class=0)
 
 
-def test_zip_holds_the_same_bytes(tmp_path):
-    """submission.zip holds one file, submission.csv, with the same bytes."""
-    lib.write_submission(tmp_path / "submission.csv", labels(50))
-    target = lib.zip_file(tmp_path / "submission.csv")
-    assert target == tmp_path / "submission.zip"
-    with zipfile.ZipFile(target) as archive:
+def test_zip_holds_the_same_bytes(tmp_path, capsys):
+    """submit writes what write_submission writes, and submission.zip that holds one file, submission.csv,
+    with the same bytes; it says in a line where and how many rows, and leaves nothing else."""
+    lib.write_submission(tmp_path / "plain.csv", labels(50))
+    out = tmp_path / "out"
+    out.mkdir()
+    lib.submit(out / "submission.csv", labels(50), 1)
+    assert (out / "submission.csv").read_bytes() == (tmp_path / "plain.csv").read_bytes()
+    with zipfile.ZipFile(out / "submission.zip") as archive:
         assert archive.namelist() == ["submission.csv"] and archive.testzip() is None
-        assert archive.read("submission.csv") == (tmp_path / "submission.csv").read_bytes()
+        assert archive.read("submission.csv") == (out / "submission.csv").read_bytes()
+    assert capsys.readouterr().out == f"submission: {out / 'submission.csv'}, 50 rows, checked\n"
+    assert sorted(p.name for p in out.iterdir()) == ["submission.csv", "submission.zip"]
+
+
+def test_a_disk_that_changes_a_label_is_found(tmp_path, monkeypatch):
+    """A label that comes back as another, valid one is an error that names the file; nothing is zipped."""
+    real = os.replace
+
+    def replace(source, target):
+        real(source, target)
+        raw = bytearray(Path(target).read_bytes())
+        raw[-2] = ord("1") + (raw[-2] == ord("1"))
+        Path(target).write_bytes(raw)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(lib.UserError, match="submission.csv: what was read back"):
+        lib.submit(tmp_path / "submission.csv", labels(5), 1)
+    assert not (tmp_path / "submission.zip").exists()
+
+
+def test_no_background_is_submitted(tmp_path):
+    """A single 0 costs a fifth of the score: submit refuses it unless background was learnt."""
+    preds = labels(5)
+    preds[2, 0, 3] = 0
+    with pytest.raises(lib.UserError, match="row 2, column 3 holds '0'"):
+        lib.submit(tmp_path / "submission.csv", preds, 1)
+    lib.submit(tmp_path / "submission.csv", preds, 0)
+
+
+def test_labels_are_described_by_hand():
+    """Of eight pixels, 1 1 1 2 and 4 4 1 3, the shares; with the truth 1 1 2 2 and 4 4 4 0 the scores: 1 and
+    2 are hit 2 of 4 times and 1 of 2, rock 2 of 3, and the 3 on unlabelled ground counts for nothing."""
+    preds = np.uint8([[[1, 1, 1, 2]], [[4, 4, 1, 3]]])
+    assert lib.describe_labels(preds, None) == {"test_shares": [0, 0.5, 0.125, 0.125, 0.25]}
+    got = lib.describe_labels(preds, np.uint8([[[1, 1, 2, 2]], [[4, 4, 4, 0]]]))
+    assert got["test_shares"] == [0, 0.5, 0.125, 0.125, 0.25]
+    assert got["test_miou"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
+    np.testing.assert_allclose(got["test_iou"], [np.nan, 1 / 2, 1 / 2, np.nan, 2 / 3])
 
 
 def test_label_of_two_digits_is_a_bug(tmp_path):
