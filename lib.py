@@ -683,6 +683,7 @@ def find_frames(data: Data, state: Path, device: torch.device, ranks: Ranks,
     """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone, of
     the training and then the test tiles; found once, kept in state."""
     start, tiles = time.monotonic(), np.concatenate([data.images, data.test_images])
+    pmap = map if device.type == "cuda" else pmap  # a GPU has threads enough
     found, of = load_checkpoint(state / "frames.pt"), hashlib.sha256(tiles).hexdigest()
     if ranks.rank == 0 and (not found or found.get("of") != of):
         neighbours, _, place = assemble_frames(tiles, device, pmap)
@@ -1302,7 +1303,8 @@ def run_command(command) -> int:
     except (KeyboardInterrupt, SystemExit) as e:
         status = 130 if isinstance(e, KeyboardInterrupt) else e.code
         if status:  # --help leaves with 0
-            print("solve.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("solve.py: stopped; the same command, without --fresh, goes on from the last checkpoint",
+                  file=sys.stderr)
         return status
     finally:
         sys.stdout = stdout
@@ -1354,6 +1356,7 @@ def pick_devices(name: str = "auto") -> tuple[list[torch.device], str]:
             why = str(e).splitlines()[0][:80]
     if not usable:
         return [cpu], f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
+    usable.sort(key=torch.cuda.get_device_capability)  # the precision suits the first one
     torch.backends.cudnn.benchmark = True  # few shapes, met thousands of times
     return usable, ", ".join(torch.cuda.get_device_name(gpu) for gpu in usable)
 
@@ -1481,12 +1484,14 @@ class Workers:
     On 2 cores two workers of one thread each train 1.5 times as fast as two threads inside each
     operation. Which worker does what changes no bit of the results; the threads of an operation do.
     Args: devices, GPUs, each for one worker, or the CPU; workers, how many, at least one; threads, of
-    each of their operations on the CPU.
+    each of their operations on the CPU; clock, that is written down now and then.
     """
 
-    def __init__(self, devices: list[torch.device], workers: int, threads: int = 1):
+    def __init__(self, devices: list[torch.device], workers: int, threads: int = 1,
+                 clock: Clock | None = None):
         every = devices * workers if devices[0].type == "cpu" else devices
-        self.devices, self.threads, self.stopping = every[:workers] or devices, threads, threading.Event()
+        self.devices, self.threads, self.clock = every[:workers] or devices, threads, clock
+        self.stopping = threading.Event()
 
     def check(self) -> None:
         """End the calling worker's work if the others have been ended; called between its steps."""
@@ -1500,6 +1505,8 @@ class Workers:
         """
         def guarded(device: torch.device) -> None:
             torch.set_num_threads(self.threads)  # holds for the calling thread alone
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # so does this
             try:
                 work(device)
             except Stopped:
@@ -1508,17 +1515,18 @@ class Workers:
                 self.stopping.set()
                 raise
 
-        try:
-            with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:  # its end waits for all
-                try:
-                    futures = [pool.submit(guarded, device) for device in self.devices]
-                    # signals reach the main thread alone, between two looks
-                    while concurrent.futures.wait(futures, 0.1).not_done:
-                        meanwhile()
-                finally:
-                    self.stopping.set()
-        finally:
-            self.stopping.clear()
+        self.stopping.clear()
+        with concurrent.futures.ThreadPoolExecutor(len(self.devices)) as pool:  # its end waits for all
+            try:
+                futures = [pool.submit(guarded, device) for device in self.devices]
+                # signals reach the main thread alone, between two looks
+                while concurrent.futures.wait(futures, 0.1).not_done:
+                    meanwhile()
+                    if self.clock is not None:
+                        self.clock.save_now_and_then()
+            finally:
+                self.stopping.set()
+        self.stopping.clear()  # not after a second signal: who is still at work must see it
         for future in futures:
             future.result()  # raises its error
 
@@ -1659,8 +1667,9 @@ class TrainingState:
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
             optimizer, "max", factor=0.6, patience=patience * 7 // 25, min_lr=1e-6)
-        # other types than float16 need no scale, but its way to leave out a step
-        scaler = torch.amp.GradScaler(device.type, 2.0**16 if dtype == torch.float16 else 1.0)
+        # other types than float16 need no scale, but its way to leave out a step; not the usual 2^16, at
+        # which the first steps overflow
+        scaler = torch.amp.GradScaler(device.type, 2.0**10 if dtype == torch.float16 else 1.0)
         return cls(path, model, EMA(model, ema_decay), optimizer, scheduler, scaler)
 
     PARTS = ("model", "ema", "optimizer", "scheduler", "scaler")
@@ -1696,8 +1705,15 @@ class TrainingState:
     def resume(self) -> None:
         """Go on from the checkpoint, if there is a good one."""
         state = load_checkpoint(self.path)
-        if state is not None:
+        if state is None:
+            return
+        try:
             self.load_state_dict(state)
+            if self.finished:
+                self.ema.model.load_state_dict(self.best)
+        except (KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{self.path}: of other code or another network ({str(e).splitlines()[0][:80]}); "
+                            "put that back, or begin anew with --fresh") from e
 
     def to(self, device: torch.device) -> None:
         """Move all of it to a device."""
@@ -1778,6 +1794,8 @@ class Timetable:
             self.epochs = self.affordable()
             waiting = [network for network in self.networks if network not in self.busy
                        and not network.finished and len(network.history) < self.epochs]
+            if self.time_left(self.pace()) <= 0:  # then a round is ended, and nothing else
+                waiting = [network for network in waiting if len(network.history) in (0, self.epochs - 1)]
             if not waiting:
                 return None
             network = min(waiting, key=lambda network: len(network.history))
@@ -1794,9 +1812,10 @@ class Timetable:
                 self.planned, network.finished = self.epochs, True  # the others end there too
             if epoch - network.best_epoch >= self.patience:
                 network.finished = True
-            self.busy.remove(network)
         if network.finished or time.monotonic() - network.saved > SAVE_SECONDS:
-            network.save()
+            network.save()  # still busy: nobody trains it meanwhile
+        with self.lock:
+            self.busy.remove(network)
 
     def finish(self) -> None:
         """The time is up: what has been learnt is the result."""
@@ -1824,7 +1843,7 @@ def training_speed(workers: Workers, networks: list[TrainingState], sizes: list[
     """Return for each size of images how many a second all workers at once train, each a network.
 
     Args: train, a function that trains a network on a StageInput for a number of steps and returns that
-    of the images. Timed are twice six steps after three, and the faster counts: what disturbs a moment
+    of the images. Timed are twice four steps after two, and the faster counts: what disturbs a moment
     is not to shrink a whole run, and where all is slower than this the timetable shrinks in time.
     """
     waiting, speeds = list(networks), []
@@ -1835,7 +1854,7 @@ def training_speed(workers: Workers, networks: list[TrainingState], sizes: list[
             network.to(device)
             for data in (size.to(device) for size in sizes):
                 rates = []
-                for steps in (3, 6, 6):  # the first ones find their memory
+                for steps in (2, 4, 4):  # the first ones find their memory
                     start = time.perf_counter()
                     images = train(network, data, steps)
                     rates.append(images / (time.perf_counter() - start))
@@ -1846,7 +1865,7 @@ def training_speed(workers: Workers, networks: list[TrainingState], sizes: list[
     return np.sum(speeds, 0).tolist()
 
 
-def train_side_by_side(title: str, table: Timetable, advance, workers: Workers, clock: Clock) -> None:
+def train_side_by_side(title: str, table: Timetable, advance, workers: Workers) -> None:
     """Let the workers train a timetable's networks to the end of their epochs or of the time.
 
     Args: advance, a function that trains a network for its next epoch, given it, the device where it is
@@ -1861,11 +1880,7 @@ def train_side_by_side(title: str, table: Timetable, advance, workers: Workers, 
                 advance(network, device, table.epochs)
             table.give_back(network)
 
-    def meanwhile() -> None:
-        progress.show()
-        clock.save_now_and_then()
-
-    workers.run(work, meanwhile)
+    workers.run(work, progress.show)
     table.finish()
     progress.show()
     progress.close()
@@ -1894,6 +1909,16 @@ def evaluate(model: UNet, batches, dtype: torch.dtype, first_class: int, **loss_
     confusion = pairs.view(NUM_CLASSES, NUM_CLASSES).cpu().numpy()
     return {"val_loss": float(loss / count), "score": iou_scores(confusion)[0],
             "confusion": confusion.tolist()}
+
+
+def fused(model: UNet) -> UNet:
+    """Return a copy for prediction alone, whose batch norms are part of the convolutions."""
+    model = copy.deepcopy(model).eval()
+    for block in (*model.encoder, *model.decoder):
+        for i in (0, 3):
+            block[i] = nn.utils.fusion.fuse_conv_bn_eval(block[i], block[i + 1])
+            block[i + 1] = nn.Identity()
+    return model.to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
@@ -1946,7 +1971,7 @@ class Progress:
     def __init__(self, title: str, table: Timetable):
         self.title, self.table, self.bar = title, table, None
         self.shown = min((len(network.history) for network in table.networks), default=0)
-        if sys.stdout.isatty():
+        if getattr(sys.stdout, "isatty", bool)():  # a stream put in its place may have none
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
                 self.bar = tqdm(desc=title, initial=self.shown, file=sys.stdout, unit="epoch")
@@ -1959,7 +1984,8 @@ class Progress:
         for epoch in range(self.shown + 1, reached + 1):
             figures = self.figures([history[min(epoch, len(history)) - 1] for history in histories])
             if self.bar is None:
-                print(f"{self.title}  epoch {epoch}/{self.table.epochs}  {figures}", flush=True)
+                with contextlib.suppress(OSError):  # as of a full disk: training goes on
+                    print(f"{self.title}  epoch {epoch}/{self.table.epochs}  {figures}", flush=True)
             else:
                 self.bar.total = self.table.epochs
                 self.bar.set_postfix_str(figures, refresh=False)
@@ -1985,8 +2011,9 @@ class Progress:
 def warn(message: str) -> None:
     """Print a warning of this process, with its number if it is another than the first."""
     rank = os.environ.get("RANK", "0")
-    print(message if rank == "0" else f"rank {rank}: {message}",
-          file=sys.stdout if rank == "0" else sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the log is on the full disk too
+        print(message if rank == "0" else f"rank {rank}: {message}",
+              file=sys.stdout if rank == "0" else sys.stderr, flush=True)
 
 
 def lacks_memory(error: RuntimeError) -> bool:
@@ -2026,8 +2053,9 @@ class Ranks:
                 time.sleep(0.01)
             work.wait()
         except RuntimeError as e:
-            warn("another process of this run has ended")
-            raise SystemExit(2) from e  # not a mistake after which this one could go on
+            # after stage 1 the first one still submits what there is
+            error = UserError("another process of this run has ended; the same command goes on")
+            raise (SystemExit(2) if self.rank else error) from e
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
@@ -2062,11 +2090,16 @@ class Ranks:
 def atomic_write(path: Path):
     """Open a file that appears under its name only when complete: temporary name, fsync, os.replace."""
     temporary = path.with_name(f"{path.name}{os.environ.get('RANK', '')}.tmp")  # ranks may share a folder
-    with open(temporary, "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+    finally:
+        temporary.unlink(missing_ok=True)  # of a failure: it would keep the last room from others
 
 
 def lock_folder(folder: Path, rank: int = 0):
@@ -2101,6 +2134,7 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
     """Return the state folder inside out, and its lock; UserError if it cannot be written, or holds a run
     that this one, of another identity (plain values by name), cannot go on with; fresh throws that away."""
     file = out / "state" / "identity.json"
+    fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else it goes on
     identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
     if ranks.share(identity) != identity:
         raise UserError("torchrun: the processes have different data or options")
@@ -2113,6 +2147,10 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
                 old.unlink(missing_ok=True)
         ranks.barrier()  # nor what another process of this one has just written
         before = read_json(file)
+        if any(file.parent.glob("stage*.pt")) and not (before and (ranks.rank or file.with_name(
+                "plan.json").exists())):
+            raise UserError(f"{file.parent}: networks without their identity.json or plan.json; put it back, "
+                            "or begin anew with --fresh")
         ranks.barrier()  # in a common folder none takes another's file for an earlier run's
         write_json(file, before or identity)
     except OSError as e:
@@ -2197,9 +2235,11 @@ def check_submission(path: Path, num_images: int, num_pixels: int, first_class: 
     return np.stack(labels)
 
 
-def describe_labels(labels: np.ndarray, truth: np.ndarray | None) -> dict:
-    """Return the shares of labels (M, H, W), and their scores where the truth is known."""
-    figures = {"test_shares": [round(float((labels == c).mean()), 5) for c in range(NUM_CLASSES)]}
+def describe_labels(labels: np.ndarray, sure: np.ndarray, truth: np.ndarray | None) -> dict:
+    """Return the shares of labels (M, H, W), how sure they are, the mean of (M,), and their scores where the
+    truth is known."""
+    figures = {"test_shares": [round(float((labels == c).mean()), 5) for c in range(NUM_CLASSES)],
+               "test_confidence": float(sure.mean())}
     if truth is not None:
         figures["test_miou"], iou = iou_scores(confusion_matrix(truth, labels))
         figures["test_iou"] = iou.tolist()
@@ -2209,6 +2249,7 @@ def describe_labels(labels: np.ndarray, truth: np.ndarray | None) -> dict:
 def submit(file: Path, labels: np.ndarray, first_class: int) -> None:
     """Write labels (M, H, W) as a submission, read it back, and write its zip beside it (164 MB of labels
     become about 3)."""
+    file.with_suffix(".zip").unlink(missing_ok=True)  # an earlier start's
     write_submission(file, labels)
     read = check_submission(file, len(labels), labels[0].size, first_class)
     if not np.array_equal(read, labels.reshape(read.shape)):

@@ -51,7 +51,7 @@ class Config:
     lr: float = option(2e-3, "learning rate of AdamW", least=1e-9, most=0.999)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
     rare_repeat: int = option(3, "how often stage 1 sees images of a class under 2 %%", least=1)
-    paste: float = option(0.5, "share of small images that get patches of such a class", most=1)
+    paste: float = option(0.5, "share of images, small if any are, that get its patches", most=1)
     patience: int = option(20, "epochs without a better validation before stopping", least=1)
     ema_decay: float = option(0.99, "weight averaging per step; 0: off", most=0.99999)
     # what tells the recipes apart and nobody would sweep
@@ -107,7 +107,7 @@ class Plan:
     threads: int = 1         # of each operation on a CPU
     epochs: tuple = (1, 1)   # of each network of stage 1 and 2
     epoch_seconds: tuple = ((1.0, 1.0), (1.0, 1.0))  # a worker's, by stage, small and whole images
-    predict_seconds: float = -np.inf  # until there is a plan no deadline ends a measurement
+    predict_seconds: float = -np.inf  # -inf: no deadline while measuring
     speed: float = 1.0       # training images/s of a rank's workers at once, as measured
     small_speed: float = 1.0  # of images of half the side
 
@@ -148,7 +148,8 @@ class Run:
     @property
     def end(self) -> float:
         """The clock's seconds at which training leaves the rest of the time to prediction."""
-        return 0.97 * self.clock.limit - self.plan.predict_seconds
+        left = 1.0 if self.said is None else 0.5  # of all predictions stage 1's are half
+        return 0.97 * self.clock.limit - left * self.plan.predict_seconds
 
 
 def put_on_device(run: Run, margin: int) -> None:
@@ -170,7 +171,7 @@ def new_network(run: Run, stage: int, net: int, channels: int = 1,
                 parent: lib.UNet | None = None) -> TrainingState:
     """Return a network to train; its first weights are the parent's, where there is one, or depend
     on (seed, stage, net) alone. A second network that goes on never answers a rare class."""
-    cfg, (seed, fold) = run.cfg, divmod(net, run.plan.folds)
+    cfg, (seed, fold) = run.cfg, divmod(net, run.plan.folds)  # of net, everywhere
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lib.seed_of(cfg.seed, stage, net, 0))
         model = lib.UNet(channels, NUM_CLASSES - cfg.first_class, run.plan.width,
@@ -250,7 +251,7 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, index: t
             return lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma,
                                              alpha=cfg.alpha)
 
-        results.append(network.step(criterion))
+        results.append(network.step(criterion))  # the loss, and whether its gradient was finite
     losses, counted = (torch.stack(one) for one in zip(*results, strict=True))
     if not counted.any():
         raise UserError("not one step had a finite gradient")
@@ -260,13 +261,12 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, index: t
 def validate(run: Run, network: TrainingState, data: StageInput, index: torch.Tensor) -> dict:
     """Return lib.evaluate's figures of the averaged weights on the images at index, and the
     "figure" that decides on the best weights, the higher the better."""
-    cfg = run.cfg
-    batches = ((data.batch(part, cfg.first_class), data.targets[part])
-               for part in index.split(2 * batch_size(cfg, len(data.images))))
-    record = lib.evaluate(network.ema.model, batches, run.dtype, cfg.first_class, gamma=cfg.gamma,
-                          alpha=cfg.alpha)
-    figure = record["score"] if cfg.select == "score" else -record["val_loss"]
-    return record | {"figure": figure if np.isfinite(figure) else -1.0}  # -1: nothing is labelled
+    batches = ((data.batch(part, run.cfg.first_class), data.targets[part])
+               for part in index.split(2 * batch_size(run.cfg, len(data.images))))
+    record = lib.evaluate(network.ema.model, batches, run.dtype, run.cfg.first_class,
+                          gamma=run.cfg.gamma, alpha=run.cfg.alpha)
+    figure = record["score"] if run.cfg.select == "score" else -record["val_loss"]
+    return record | {"figure": figure if np.isfinite(figure) else -1e9}  # nothing is labelled
 
 
 def next_epoch(run: Run, stage: int, net: int, network: TrainingState, whole: StageInput,
@@ -319,8 +319,8 @@ def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
 
     table = lib.Timetable(mine, plan.epochs[stage - 1], cost, time_left, cfg.patience,
                           len(run.workers.devices))
-    lib.train_side_by_side(f"stage {stage}", table, advance, run.workers, run.clock)
-    ranks.gather(networks)
+    lib.train_side_by_side(f"stage {stage}", table, advance, run.workers)
+    ranks.gather(networks)  # and each ema.model gets its best weights
     run.histories |= {(stage, net): network.history for net, network in enumerate(networks)}
     models = [network.ema.model for network in networks]
     return [models[fold::plan.folds] for fold in range(plan.folds)]
@@ -328,8 +328,7 @@ def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
 
 # --------------------------------------------------------------------------------------- the plan
 
-# (folds, width, margin, epochs of stage 1 that it needs at least), best first: epochs do more than
-# width and folds, and what lies around a tile, at 2 or 3 times the cost, more than further ones
+# folds, width, margin, epochs of stage 1 for which there must be time; best first, see the README
 SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (4, 16, 16, 56), (4, 16, 0, 22),
          (3, 16, 0, 17), (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
@@ -338,8 +337,9 @@ def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes
     """Return the Plan of what fits into 15/16 of the seconds left, given one of known speed."""
     around = cfg.surroundings and task.frames and min(task.height, task.width) >= 64
     small = measured.speed / measured.small_speed  # time of a small image, against a whole one
-    again = 1 + task.rare * (cfg.rare_repeat - 1)  # showings of an image in an epoch of stage 1
-    more = 1.5 * (again if cfg.refine == "background" else 1)  # in stage 2, which has more channels
+    shown = 1 + task.rare * (cfg.rare_repeat - 1)  # how often an image is, in an epoch of stage 1
+    later = 1.5 * (shown if cfg.refine == "background" else 1)  # in stage 2, at 1.5 times the cost
+    second_epochs = 1.0 if cfg.epochs else cfg.second_epochs    # a share of stage 1's
 
     def draft(folds: int, seeds: int, width: int, margin: int) -> tuple[Plan, float]:
         """Return a plan of this size, and how many epochs of stage 1 there is time for."""
@@ -347,18 +347,18 @@ def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes
                        **task.share_cores(folds, seeds))
         speed = measured.speed * task.relative_speed(plan) / task.relative_speed(measured)
         predict = task.predict_seconds(plan, speed, cfg.stages, 1 + cfg.tta)
-        whole, second = (task.epoch_seconds(plan, speed, shown) for shown in (again, more))
-        one = whole * (1 - (1 - small) * cfg.small_share)  # and its share of stage 2
-        one += second * cfg.second_epochs * (cfg.stages - 1)
-        one *= task.networks(folds, seeds) / plan.workers
-        affordable = 0.9375 * (seconds - predict) / one
+        whole, second = (task.epoch_seconds(plan, speed, times) for times in (shown, later))
+        cost = whole * (1 - (1 - small) * cfg.small_share)  # of an epoch, and its share of stage 2
+        cost += second * second_epochs * (cfg.stages - 1)
+        cost *= task.networks(folds, seeds) / plan.workers
+        affordable = 0.9375 * (seconds - predict) / cost
         first = cfg.epochs or max(1, min(cfg.most_epochs, int(affordable)))
-        later = cfg.epochs or max(1, round(first * cfg.second_epochs))
-        return replace(plan, epochs=(first, later * (cfg.stages - 1)), predict_seconds=predict,
+        epochs = first, max(1, round(first * second_epochs)) * (cfg.stages - 1)
+        return replace(plan, epochs=epochs, predict_seconds=predict,
                        epoch_seconds=((small * whole, whole), (second, second))), affordable
 
     for folds, width, margin, least in sizes:
-        least = max(least, cfg.epochs) if margin and around else least  # what is asked for first
+        least = max(least, cfg.epochs) if margin and around else least  # no margin unless they fit
         plan, affordable = draft(cfg.folds or min(folds, task.train), cfg.seeds or 1,
                                  cfg.width or width, margin if around else 0)
         if affordable >= least:
@@ -409,7 +409,7 @@ def predict(run: Run, models: list[lib.UNet], data: StageInput, index: np.ndarra
     """Return the networks' mean probabilities of images, in 1/255, uint8 (B, NUM_CLASSES, H, W)."""
     margin = (data.images.shape[-1] - run.data.masks.shape[-1]) // 2
     index = torch.as_tensor(index, device=data.images.device)
-    first_class = run.cfg.first_class
+    first_class, models = run.cfg.first_class, [lib.fused(model) for model in models]
     return lib.predict_probs(models, lambda part: data.batch(index[part], first_class), len(index),
                              run.dtype, first_class, run.cfg.tta, margin)
 
@@ -526,12 +526,11 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     print("\n".join(lib.describe(data)), flush=True)
     devices, why = lib.pick_devices(cfg.device)
     gpus = len(devices) if devices[0].type == "cuda" else 0
-    helpers, neighbours, place = lib.Workers([torch.device("cpu")], cores), None, None
+    helpers, neighbours, place = lib.Workers([torch.device("cpu")], cores, 1, clock), None, None
     if cfg.clean:
         lib.clean_data(data, state, cfg.template, cfg.seed, ranks, helpers.map)
     if cfg.frames:
-        pmap = map if gpus else helpers.map
-        neighbours, place = lib.find_frames(data, state, devices[0], ranks, pmap)
+        neighbours, place = lib.find_frames(data, state, devices[0], ranks, helpers.map)
     lib.keep_freed_memory()  # not before: the frames' peak would stay
     is_rare = lib.rare_classes(data.masks)
     run = Run(cfg, state, clock, ranks, lock, data, is_rare, neighbours, place, helpers)
@@ -543,9 +542,11 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
                     ranks.world)
         run.plan = Plan(str(dtype).removeprefix("torch."))
         lib.write_json(state / "plan.json", asdict(plan_run(run, devices, task)))
-    run.plan = plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
+    plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
     count = min(plan.folds * plan.seeds, gpus or max(1, cores // plan.threads))
-    run.workers = lib.Workers(devices, count, plan.threads)
+    run.workers = lib.Workers(devices, count, plan.threads, clock)
+    slower = max(1.0, plan.workers / count)  # than the machine that the plan was made on
+    run.plan = plan = replace(plan, predict_seconds=plan.predict_seconds * slower)
     put_on_device(run, plan.margin)
     run.fold_of = lib.make_folds(data.images, data.masks, plan.folds, cfg.seed)
     print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, margin {plan.margin}"
@@ -583,15 +584,15 @@ def answer_test(run: Run, stages: list, steps: list[str]) -> np.ndarray | None:
     """Choose the step to submit; return its labels of the test set, uint8 (M, H, W), if any."""
     best = max(steps, key=lambda name: run.metrics[f"{name}_miou"])
     frames = None if best == "stage1" else run.evidence
-    needed, rule = stages if best == "stage2" else stages[:1], run.metrics[f"{best}_rule"]
-    answers = run.workers.map_parts(lambda part: answer_part(run, needed, frames, rule, part),
-                                    np.arange(len(run.tests.images)))
-    run.metrics["submitted"] = best
-    if not answers:
-        return None
-    labels, sure = (np.concatenate(part) for part in zip(*answers, strict=True))
-    run.metrics |= lib.describe_labels(labels, run.data.test_labels)
-    run.metrics["test_confidence"] = float(sure.mean())
+    needed = stages if best == "stage2" else stages[:1]
+    answers = run.workers.map_parts(
+        lambda part: answer_part(run, needed, frames, run.metrics[f"{best}_rule"], part),
+        np.arange(len(run.tests.images)))
+    labels = None
+    if answers:
+        labels, sure = (np.concatenate(part) for part in zip(*answers, strict=True))
+        run.metrics |= lib.describe_labels(labels, sure, run.data.test_labels)
+    run.metrics["submitted"] = best  # last: now nothing can fail any more
     return labels
 
 
@@ -603,8 +604,8 @@ def solve(cfg: Config, cores: int = 1) -> dict:
     run.metrics |= {"recipe": cfg.recipe, **{name: getattr(plan, name) for name in shape}}
     work = [sum(epoch_seconds(run.cfg, plan, stage, i + 1, epochs) for i in range(epochs))
             for stage, epochs in enumerate(plan.epochs, 1)]
-    time_left, first_share = run.end - run.clock.used(), work[0] / sum(work)
-    stages = [train_stage(run, 1, run.train, run.end - time_left * (1 - first_share))]
+    for_stage_2 = (run.end - run.clock.used()) * work[1] / sum(work)
+    stages = [train_stage(run, 1, run.train, run.end - for_stage_2)]
     probs = out_of_fold(run, stages[0], run.train)
     score(run, "stage1", probs)
     run.said = of_tests(run, stages[0])
@@ -620,9 +621,9 @@ def solve(cfg: Config, cores: int = 1) -> dict:
     if labels is not None:
         lib.submit(out / "submission.csv", labels, cfg.first_class)
     run.metrics["minutes"] = round(run.clock.used() / 60, 2)
-    facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]), "device": run.device,
-             **lib.fingerprint(run.data), **asdict(run.cfg), **asdict(plan)}
     with lib.going_on(run.metrics):
+        facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]), "device": run.device,
+                 **lib.fingerprint(run.data), **asdict(run.cfg), **asdict(plan)}
         lib.write_report(out, run.metrics, run.histories, facts, run.data, run.fold_of >= 0,
                          run.labels, run.confidence[run.metrics["submitted"]], run.place, labels)
     lib.write_json(out / "metrics.json", run.metrics)

@@ -28,7 +28,7 @@ import test_submission
 import torch
 from conftest import ROOT, tiny_arrays
 from test_frames import cut_frames
-from test_solve import FAST, refused, start, write
+from test_solve import FAST, SAVE_EACH_EPOCH, refused, start, write
 
 import lib
 import solve
@@ -402,7 +402,7 @@ def test_36_signals(frames_data, tmp_path, phase, sig, status):
     child.send_signal(sig)
     _, err = child.communicate(timeout=20)
     assert child.returncode == status
-    assert err == "solve.py: stopped; the same command goes on from the last checkpoint\n"
+    assert err == "solve.py: stopped; the same command, without --fresh, goes on from the last checkpoint\n"
     assert not (tmp_path / "out" / "submission.csv").exists() or phase == "report"
 
 
@@ -423,13 +423,6 @@ def launch(argv):
 
 
 MOMENTS = ("", "device:", "plan:", "stage 1", "stage1 out", "stage 2", "stage2 out", "submission:")
-SAVE_EACH_EPOCH = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import lib, solve
-lib.SAVE_SECONDS = 0
-sys.exit(solve.main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.long)])
@@ -556,6 +549,17 @@ def test_47_no_time(argv, hours):
     finished([*argv, "--max-hours", hours])
 
 
+def test_47_in_time(tmp_path):
+    """A run whose networks could train for minutes has written its submission, from start to end of the
+    process, within the 40 s that it was given, and has used most of them."""
+    data, start = write(tmp_path, **tiny_arrays(64, 12, 64, 64)), time.monotonic()
+    done = subprocess.run([sys.executable, ROOT / "solve.py", "--data", data, "--out", tmp_path / "out",
+                           "--no-clean", "--max-hours", str(40 / 3600)], capture_output=True, text=True)
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.stderr
+    assert "submission.csv, 12 rows, checked" in done.stdout and 15 < seconds < 40
+
+
 @pytest.mark.parametrize("seconds", ["NaN", "-1e9", '"soon"', "null", "1e400", "1e308"])
 def test_47_damaged_clock(argv, seconds):
     """A clock that holds no time starts anew."""
@@ -622,17 +626,17 @@ def test_53_impossible_paths(argv, flag, path):
 
 
 def test_54_another_process_has_ended(argv, monkeypatch):
-    """If a collective finds that a process of the run is dead, this one ends too, in one sentence. That
-    torchrun's processes do: test_ranks.py."""
+    """If a collective finds that a process of the run is dead, this one ends too, in one sentence, and after
+    stage 1 with what there is. That torchrun's processes do: test_ranks.py."""
     def broken(*_):
         raise RuntimeError("Connection closed by peer")
 
     work = SimpleNamespace(is_completed=lambda: True, wait=broken)
+    with monkeypatch.context() as patch:
+        patch.setattr(solve, "train_stage", lambda *_: lib.Ranks().wait(work))
+        refused(argv, "another process of this run has ended; the same command goes on")
     monkeypatch.setattr(solve, "refine", lambda *_: lib.Ranks().wait(work))
-    status, out, err = start(argv)
-    assert status == 2 and "another process of this run has ended" in out
-    assert err == "solve.py: stopped; the same command goes on from the last checkpoint\n"
-    assert not (argv[3] / "submission.csv").exists()
+    degraded(argv, "another process of this run has ended", "submitted: stage1")
 
 
 def test_62_beside_busy_processes(tmp_path):

@@ -669,7 +669,7 @@ def test_asked_to_stop(tmp_path, uninterrupted, sig, status):
     argv = ["--data", uninterrupted[0], "--out", tmp_path / "out", *LONG]
     code, err = stop_in_training(argv, tmp_path / "out", sig)
     assert code == status
-    assert err.count("\n") == 1 and "the same command goes on" in err
+    assert err.count("\n") == 1 and "the same command, without --fresh, goes on" in err
     assert lib.load_checkpoint(tmp_path / "out" / "state" / "stage1_fold0.pt")["history"]
 
 

@@ -217,8 +217,9 @@ def test_labels_are_described_by_hand():
     """Of eight pixels, 1 1 1 2 and 4 4 1 3, the shares; with the truth 1 1 2 2 and 4 4 4 0 the scores: 1 and
     2 are hit 2 of 4 times and 1 of 2, rock 2 of 3, and the 3 on unlabelled ground counts for nothing."""
     preds = np.uint8([[[1, 1, 1, 2]], [[4, 4, 1, 3]]])
-    assert lib.describe_labels(preds, None) == {"test_shares": [0, 0.5, 0.125, 0.125, 0.25]}
-    got = lib.describe_labels(preds, np.uint8([[[1, 1, 2, 2]], [[4, 4, 4, 0]]]))
+    sure, shares = np.array([0.5, 0.75]), [0, 0.5, 0.125, 0.125, 0.25]
+    assert lib.describe_labels(preds, sure, None) == {"test_shares": shares, "test_confidence": 0.625}
+    got = lib.describe_labels(preds, sure, np.uint8([[[1, 1, 2, 2]], [[4, 4, 4, 0]]]))
     assert got["test_shares"] == [0, 0.5, 0.125, 0.125, 0.25]
     assert got["test_miou"] == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
     np.testing.assert_allclose(got["test_iou"], [np.nan, 1 / 2, 1 / 2, np.nan, 2 / 3])
