@@ -1668,7 +1668,7 @@ class TrainingState:
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
             optimizer, "max", factor=0.6, patience=patience * 7 // 25, min_lr=1e-6)
         # other types than float16 need no scale, but its way to leave out a step; not the usual 2^16, at
-        # which the first steps overflow
+        # which the first ones may all overflow
         scaler = torch.amp.GradScaler(device.type, 2.0**10 if dtype == torch.float16 else 1.0)
         return cls(path, model, EMA(model, ema_decay), optimizer, scheduler, scaler)
 
@@ -2352,15 +2352,9 @@ def show_images(data: Data, labels: dict[str, np.ndarray], submitted: str, valid
     return parts
 
 
-def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
-                 labels: dict[str, np.ndarray], confidence: np.ndarray, place: np.ndarray | None,
-                 test_labels: np.ndarray | None) -> None:
-    """Write out/report.html, one file that needs no network.
-
-    Args: metrics, what metrics.json holds; histories, (stage, net) → list of epochs; facts, anything to
-    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the submitted
-    one's confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
-    """
+def show_scores(metrics: dict, histories: dict, data: Data, labels: dict[str, np.ndarray],
+                test_labels: np.ndarray | None) -> list[str]:
+    """Return tables and curves: scores, training, confusion, calibration, shares. Args: see write_report."""
     columns = {"miou": "mean IoU (competition)", "fold_std": "± over folds", "ece": "calibration error",
                "least_sure_errors": "errors in the least sure fifth",
                "paper_miou": "mean IoU (paper, with background)"}
@@ -2387,6 +2381,19 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
         shares = np.stack([np.bincount(x.ravel(), minlength=NUM_CLASSES) for x in (data.masks, test_labels)])
         shares = pd.DataFrame(shares[:, 1:], ["training labels", "submission"], CLASSES[1:])
         parts += ["<h2>Shares of the classes</h2>", table(shares.div(shares.sum(axis=1).clip(1), axis=0))]
+    return parts
+
+
+def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
+                 labels: dict[str, np.ndarray], confidence: np.ndarray, place: np.ndarray | None,
+                 test_labels: np.ndarray | None) -> None:
+    """Write out/report.html, one file that needs no network.
+
+    Args: metrics, what metrics.json holds; histories, (stage, net) → list of epochs; facts, anything to
+    list at the end; validated, bool (N,); each step's out-of-fold labels by name, and the submitted
+    one's confidence, uint8 (N, H, W); place, of find_frames; the labels submitted, (M, H, W).
+    """
+    parts = show_scores(metrics, histories, data, labels, test_labels)
     images = show_images(data, labels, metrics["submitted"], validated, confidence)
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if hasattr(shell, "kernel"):  # below a notebook's cell: scores, legend, pictures of each kind

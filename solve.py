@@ -514,7 +514,7 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
-            cfg = replace(cfg, max_hours=0.0425)
+            cfg = replace(cfg, max_hours=0.04)
     identity = {"data_sha256": data.sha256, **asdict(cfg)}
     for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
         del identity[key]
