@@ -679,30 +679,94 @@ def assemble_frames(images, device="cpu", pmap=map):
 
 
 def find_frames(data: Data, state: Path, device: torch.device, ranks: Ranks,
-                pmap=map) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return assemble_frames' neighbours (N + M, 4) and place (3, N + M), None if all tiles are alone, of
-    the training and then the test tiles; found once, kept in state."""
+                pmap=map) -> np.ndarray | None:
+    """Return assemble_frames' place (3, N + M) of the training and then the test tiles, None if all tiles
+    are alone; found once, kept in state."""
     start, tiles = time.monotonic(), np.concatenate([data.images, data.test_images])
     pmap = map if device.type == "cuda" else pmap  # a GPU has threads enough
     found, of = load_checkpoint(state / "frames.pt"), hashlib.sha256(tiles).hexdigest()
     if ranks.rank == 0 and (not found or found.get("of") != of):
-        neighbours, _, place = assemble_frames(tiles, device, pmap)
-        found = {"of": of, "neighbours": torch.from_numpy(neighbours), "place": torch.from_numpy(place)}
+        found = {"of": of, "place": torch.from_numpy(assemble_frames(tiles, device, pmap)[2])}
         save_checkpoint(state / "frames.pt", found)
-    found = ranks.share(found)
-    neighbours, place = found["neighbours"].numpy(), found["place"].numpy()
+    place = ranks.share(found)["place"].numpy()
     print(f"frames: {place.shape[1]} tiles, {100 * np.mean(place[0] >= 0):.0f} % of them put back into "
           f"{place[0].max() + 1} frames, {time.monotonic() - start:.0f} s", flush=True)
-    return neighbours, place if place[0].max() >= 0 else None
+    return place if place[0].max() >= 0 else None
 
 
-def known_neighbours(neighbours: np.ndarray, fold_of: np.ndarray) -> dict[str, float]:
-    """Return the share of neighbours found whose label may be seen, at validation and at test time."""
-    folds = np.append(fold_of, np.full(len(neighbours) - len(fold_of), -2))  # -2: a test tile, no label
-    found, other = neighbours >= 0, folds[neighbours]
-    seen = found & (other != -2) & (other != folds[:, None])
-    return {name: float(seen[tiles].sum() / max(1, found[tiles].sum()))
-            for name, tiles in (("validation", folds >= 0), ("test", folds == -2))}
+@dataclass(frozen=True)
+class Frames:
+    """Where tiles lie: each frame is a grid of cells, one a tile. What lies outside, a ring around the frame
+    included, and where a tile is missing, is a mirror image of the tile next to it."""
+
+    place: torch.Tensor        # int64 (3, T): each tile's frame, row and column; a lone tile has a frame
+    size: torch.Tensor         # int64 (F, 2): rows and columns of each frame
+    source: torch.Tensor       # int64 (F, rows + 2, columns + 2): the tile seen there, from row -1 on
+    known: torch.Tensor        # bool, the same shape: whether it lies there, and is not its image
+    upside_down: torch.Tensor  # bool, the same shape: how the image is mirrored
+    left_right: torch.Tensor
+
+    @classmethod
+    def lay_out(cls, place: np.ndarray | None, tiles: int) -> Frames:
+        """Return the grids of a place of find_frames; None: so many tiles, each in a frame of its own."""
+        frame, row, column = np.repeat([[-1], [0], [0]], tiles, 1) if place is None else np.int64(place)
+        alone = frame < 0
+        frame[alone] = frame.max() + 1 + np.arange(alone.sum())
+        row[alone] = column[alone] = 0
+        frame = np.unique(frame, return_inverse=True)[1]
+        size = np.zeros((frame.max() + 1, 2), np.int64)
+        np.maximum.at(size, frame, np.stack([row, column], 1) + 1)
+        source = np.full((len(size), *size.max(0) + 2), -1)
+        source[frame, row + 1, column + 1] = np.arange(tiles)
+        known, mirrored = source >= 0, np.zeros((2, *source.shape), bool)
+        while (source < 0).any():
+            for axis, to_first in itertools.product((1, 2), (False, True)):
+                cells, flags = np.moveaxis(source, axis, 0), np.moveaxis(mirrored, axis + 1, 0)
+                to, of = (slice(-1), slice(1, None)) if to_first else (slice(1, None), slice(-1))
+                empty = (cells[to] < 0) & (cells[of] >= 0)
+                cells[to][empty] = cells[of][empty]
+                for k in (0, 1):
+                    flags[to][:, k][empty] = flags[of][:, k][empty] ^ (k == axis - 1)
+        return cls(*map(torch.from_numpy, (np.stack([frame, row, column]), size, source, known, *mirrored)))
+
+    def to(self, device: torch.device) -> Frames:
+        return Frames(*(value.to(device) for value in vars(self).values()))
+
+    def pixels(self, frame: torch.Tensor, top: torch.Tensor, left: torch.Tensor, window: tuple[int, int],
+               tile: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return of windows (height, width) of frames, at pixels top and left, which pixel of all tiles' T·H·W
+        is seen, int64 (B, height, width), and whether it lies there, bool. At most one tile may be outside.
+
+        Shape: frame, top, left (B,), integers; tile, its height and width.
+        """
+        device, (h, w) = frame.device, tile
+        y, x = (start[:, None] + torch.arange(n, device=device) + side
+                for start, n, side in ((top, window[0], h), (left, window[1], w)))
+        at = frame[:, None, None], (y // h)[:, :, None], (x // w)[:, None]
+        y, x = (y % h)[:, :, None], (x % w)[:, None]
+        y = torch.where(self.upside_down[at], h - 1 - y, y)
+        x = torch.where(self.left_right[at], w - 1 - x, x)
+        return (self.source[at] * h + y) * w + x, self.known[at]
+
+    def batches(self, wanted: np.ndarray, tiles: int) -> list[np.ndarray]:
+        """Return the frames with a wanted tile, bool (T,), in arrays of one size and about so many tiles."""
+        index = np.unique(self.place[0].cpu().numpy()[wanted])
+        size, parts = self.size.cpu().numpy(), []
+        for rows, columns in np.unique(size[index], axis=0):
+            same = index[(size[index] == (rows, columns)).all(1)]
+            count = max(1, tiles // (rows * columns))
+            parts += [same[start:start + count] for start in range(0, len(same), count)]
+        return parts
+
+    def cut(self, frames: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tiles in frames of one size, (K,), and their parts, (K, C, H, W), of values of whole
+        frames, (B, C, rows · H, columns · W)."""
+        rows, columns = self.size[frames[0]].tolist()
+        b, c, height, width = values.shape
+        grid = values.reshape(b, c, rows, height // rows, columns, width // columns).transpose(0, 2, 4, 1, 3, 5)
+        inside = torch.from_numpy(frames), slice(1, rows + 1), slice(1, columns + 1)
+        known = self.known.cpu()[inside].numpy()
+        return self.source.cpu()[inside].numpy()[known], grid[known]
 
 
 def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -714,41 +778,24 @@ def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def surroundings(tiles: np.ndarray, place: np.ndarray, margin: int) -> np.ndarray:
-    """Return tiles (T, H, W) with what lies around them in their frame, (T, H + 2 margin, W + 2 margin).
-    Where nothing is known they are mirrored. place, (3, T), of find_frames; margin below H and W."""
-    if not margin:
-        return tiles
-    at = {spot: n for n, spot in enumerate(map(tuple, place.T.tolist())) if spot[0] >= 0}
-    out = np.pad(tiles, ((0, 0), (margin, margin), (margin, margin)), "reflect")
-    sides = {-1: (slice(margin), slice(-margin, None)), 0: (slice(margin, -margin), slice(None)),
-             1: (slice(-margin, None), slice(margin))}  # of the larger image, and of the neighbour's
-    for (frame, row, column), n in at.items():
-        for down, right in itertools.product(sides, sides):
-            other = at.get((frame, row + down, column + right))
-            if other is not None:
-                out[n, sides[down][0], sides[right][0]] = tiles[other, sides[down][1], sides[right][1]]
-    return out
-
-
 def pool_frames(cells: np.ndarray, place: np.ndarray, reach: float) -> np.ndarray:
-    """Return for each cell of each tile the mean of cells (T, C, h, w) of its frame's other tiles near it.
+    """Return for each cell of each tile the mean of its frame's cells (T, C, h, w) near it, float32; 0 for a
+    tile without a frame.
 
     Weights fall as exp(-distance / reach), in cells, down, half as fast across: ground is foreshortened.
-    They sum to 1 over endless ground, to less where tiles are missing. float32 (T, C, h, w).
+    They sum to 1 over endless ground, to less where tiles are missing.
     """
     def weights(n: int, reach: float) -> np.ndarray:
         apart = np.abs(np.arange(n)[:, None] - np.arange(n))
         return (np.exp(-apart / reach) * np.tanh(0.5 / reach)).astype(np.float32)
 
-    canvas, inside, (_, _, h, w) = frame_canvas(cells, place), place[0] >= 0, cells.shape
-    flat = canvas.reshape(*canvas.shape[:2], canvas.shape[2] * h, -1)
+    canvas, inside = frame_canvas(cells, place), place[0] >= 0
+    flat = canvas.reshape(*canvas.shape[:2], canvas.shape[2] * canvas.shape[3], -1)
     flat = weights(flat.shape[2], reach) @ flat @ weights(flat.shape[3], 2 * reach)
     frame, row, column = place[:, inside]
     pooled = np.zeros(cells.shape, np.float32)
     pooled[inside] = flat.reshape(canvas.shape)[frame, :, row, :, column]
-    pooled[inside] -= weights(h, reach) @ cells[inside] @ weights(w, 2 * reach)  # not of itself
-    return pooled.clip(0)
+    return pooled
 
 
 def to_cells(shares: np.ndarray) -> np.ndarray:
@@ -758,82 +805,66 @@ def to_cells(shares: np.ndarray) -> np.ndarray:
     return np.concatenate([F.adaptive_avg_pool2d(torch.from_numpy(p).float(), size).numpy() for p in parts])
 
 
-def frame_ratios(truth: np.ndarray, said: np.ndarray, hidden: np.ndarray, rare: np.ndarray,
-                 place: np.ndarray) -> np.ndarray:
-    """Return what frames say of their tiles' cells, log-ratios of classes to their overall shares: by the
-    labels of a frame's other tiles, and by the predictions of those whose label is not known, float32
-    (T, 2, C, h, w). The overall shares count as a little ground nearby, so that few witnesses say little.
+def frame_ratios(truth: np.ndarray, seen: np.ndarray, rare: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return what the labels of a frame say of its cells, log-ratios of classes to their overall shares,
+    float32 (T, C, h, w). The overall shares count as a little ground nearby: few labels say little.
 
-    Args: class shares of cells, truth (N, C, h, w) of the labels, the first N tiles', and said (T, C, h, w),
-    predicted; hidden, bool (N,), whose labels may not be seen; rare, bool (C,), classes that reach no further
-    than RARE_REACH; place, (3, T) of find_frames.
+    Args: truth, class shares of cells (T, C, h, w); seen, bool (T,), whose labels may be seen; rare, bool
+    (C,), classes that reach no further than RARE_REACH; place, (3, T) of find_frames.
     """
-    known, guessed, seen = np.zeros_like(said), said.copy(), np.flatnonzero(~hidden)
-    known[seen], guessed[seen] = truth[seen], 0
-    known[:, 0] = guessed[:, 0] = 0
+    known = truth * seen[:, None, None, None]
+    known[:, 0] = 0
     base = known.sum((0, 2, 3))[:, None, None]
     base = base / max(base.sum(), 1) + 1e-6
-    ratios = np.zeros((len(said), 2, *said.shape[1:]), np.float32)
+    ratios = np.zeros_like(known)
     for reach, classes in ((REACH, ~rare), (RARE_REACH, rare)):
-        pooled = np.stack([pool_frames(cells, place, reach) for cells in (known, guessed)], 1)
-        heard = np.log((pooled + 0.02 * base) / ((pooled.sum(2, keepdims=True) + 0.02) * base))
-        ratios[:, :, classes] = heard[:, :, classes]
-    ratios[:, :, 0] = 0
+        pooled = pool_frames(known, place, reach)
+        heard = np.log((pooled + 0.02 * base) / ((pooled.sum(1, keepdims=True) + 0.02) * base))
+        ratios[:, classes] = heard[:, classes]
+    ratios[:, 0] = 0
     return ratios
 
 
-@dataclass
-class Evidence:
-    """What frames say of their tiles' cells: log-ratios of frame_ratios, float32 (·, 2, C, h, w)."""
+def frame_evidence(masks: np.ndarray, fold_of: np.ndarray, place: np.ndarray, pmap=map) -> np.ndarray:
+    """Return what frames say to each fold of their tiles' cells, frame_ratios', float32 (folds, T, C, h, w).
 
-    known: np.ndarray       # (N, …) of the training tiles, the labels of each one's fold hidden
-    test: list[np.ndarray]  # each fold's (M, …) of the test tiles, for which all labels are known
-    strengths: np.ndarray   # (2,), how much to believe without any training; zeros where nothing helps
-
-
-def frame_evidence(probs: np.ndarray, said: np.ndarray, masks: np.ndarray, fold_of: np.ndarray,
-                   place: np.ndarray, pmap=map) -> Evidence:
-    """Return what frames say of the training tiles, and each fold of the test tiles.
-
-    For fold k its labels are hidden, and network k, which never saw them, speaks instead: what is scored
-    appears nowhere. Strengths are the best out of fold.
-
-    Args: probs, out of fold, in 1/255, uint8 (N, C, H, W); said, each fold's of the test tiles, uint8
-    (folds, M, C, H, W); masks (N, H, W); fold_of (N,); place (3, N + M); pmap, a map, perhaps of several
-    threads.
+    To fold k the labels of its tiles are hidden: what is scored is never heard.
+    Args: masks (N, H, W), of the first N tiles; fold_of (N,), of at least two folds; place (3, T); pmap, a
+    map, perhaps of several threads.
     """
-    n, scored, own_cells = len(masks), fold_of >= 0, to_cells(probs) / 255
-    said = list(pmap(lambda tests: np.concatenate([own_cells, to_cells(tests) / 255]), said))
-    truth, rare = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1)), rare_classes(masks)
-    each = list(pmap(lambda k: frame_ratios(truth, said[k], fold_of == k, rare, place)[:n].copy(),
-                     range(len(said))))
-    # of one split, -1: no tile's own label is heard in any case
-    known = np.stack(each)[fold_of.clip(0), np.arange(n)]
-    small, small_truth, own = probs[scored][..., 2::4, 2::4], masks[scored][:, 2::4, 2::4], known[scored]
+    rare, more = rare_classes(masks), place.shape[1] - len(masks)
+    truth = to_cells(np.stack([masks == c for c in range(NUM_CLASSES)], 1))
+    truth = np.pad(truth, ((0, more), (0, 0), (0, 0), (0, 0)))
+    return np.stack(list(pmap(lambda k: frame_ratios(truth, np.pad(fold_of != k, (0, more)), rare, place),
+                              range(fold_of.max() + 1))))
 
-    def measure(strengths: tuple[float, float]) -> float:
-        labels = reweigh(small, own, np.float32(strengths), 1)[:, 1:].argmax(1) + 1
-        return iou_scores(confusion_matrix(small_truth, labels))[0]
 
-    tried = list(itertools.product((0, 0.5, 1, 1.5, 2), repeat=2))
+def fit_strength(probs: np.ndarray, evidence: np.ndarray, masks: np.ndarray, pmap=map) -> float:
+    """Return how much to believe of the evidence (N, C, h, w), 0 to 2: what is best with out-of-fold probs
+    in 1/255, uint8 (N, C, H, W)."""
+    small, truth = probs[..., 2::4, 2::4], masks[:, 2::4, 2::4]
+
+    def measure(strength: float) -> float:
+        labels = reweigh(small, evidence, strength, 1)[:, 1:].argmax(1) + 1
+        return iou_scores(confusion_matrix(truth, labels))[0]
+
+    tried = (0, 0.5, 1, 1.5, 2)
     scores = dict(zip(tried, pmap(measure, tried), strict=True))
     best = max(scores, key=scores.get)  # of equals the weaker, which comes first
-    print(f"frames: strength of labels and predictions {best}: out of fold {scores[0, 0]:.4f} → "
-          f"{scores[best]:.4f} on a part of the pixels", flush=True)
-    nothing = np.zeros(n, bool)
-    test = list(pmap(lambda one: frame_ratios(truth, one, nothing, rare, place)[n:].copy(), said))
-    return Evidence(known, test, np.float32(best))
+    print(f"frames: their labels count {best} times: out of fold {scores[0]:.4f} → {scores[best]:.4f} on a "
+          "part of the pixels", flush=True)
+    return best
 
 
-def reweigh(probs: np.ndarray, evidence: np.ndarray, strengths: np.ndarray, first_class: int) -> np.ndarray:
-    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(evidence · strengths), normalised again.
+def reweigh(probs: np.ndarray, evidence: np.ndarray, strength: float, first_class: int) -> np.ndarray:
+    """Return probabilities in 1/255, uint8 (B, C, H, W), times exp(strength · evidence), normalised again.
 
-    Shape: evidence float32 (B, 2, C, h, w) of any coarser grid; strengths (2,).
+    Shape: evidence float32 (B, C, h, w) of any coarser grid.
     """
     out = np.zeros_like(probs)
     for i in range(0, len(probs), 256):  # bounded memory: a float copy of all is four times as large
-        log_ratio = np.einsum("bs...,s->b...", evidence[i:i + 256, :, first_class:], strengths)
-        fine = F.interpolate(torch.from_numpy(log_ratio), probs.shape[2:], mode="bilinear").exp_().numpy()
+        log_ratio = torch.from_numpy(strength * evidence[i:i + 256, first_class:])
+        fine = F.interpolate(log_ratio, probs.shape[2:], mode="bilinear").exp_().numpy()
         fine *= np.maximum(probs[i:i + 256, first_class:], np.float32(0.5))
         out[i:i + 256, first_class:] = np.rint(fine * (255 / fine.sum(1, keepdims=True)))
     return out
@@ -1357,7 +1388,6 @@ def pick_devices(name: str = "auto") -> tuple[list[torch.device], str]:
     if not usable:
         return [cpu], f"no usable GPU: {why}; on Kaggle: Settings, Accelerator, GPU T4 x2"
     usable.sort(key=torch.cuda.get_device_capability)  # the precision suits the first one
-    torch.backends.cudnn.benchmark = True  # few shapes, met thousands of times
     return usable, ", ".join(torch.cuda.get_device_name(gpu) for gpu in usable)
 
 
@@ -1436,10 +1466,10 @@ class Task:
     """What there is to do and to do it with, as far as its cost depends on it."""
 
     train: int          # images
-    test: int
-    height: int         # pixels
+    rare: float         # share of them that hold a rare class
+    height: int         # of a tile
     width: int
-    rare: float         # share of the training images that hold a rare class
+    area: float         # of all frames with their rims, in tiles: what each network predicts
     frames: bool        # whether any were found
     cores: int
     gpus: int = 0
@@ -1449,29 +1479,34 @@ class Task:
         """Return how many of the networks a rank trains at most."""
         return -(-folds * seeds // self.ranks)
 
-    def share_cores(self, folds: int, seeds: int) -> dict[str, int]:
+    def share_cores(self, folds: int, seeds: int, streams: int = 1) -> dict[str, int]:
         """Return the "workers" that a rank's networks keep busy, and the "threads" of each."""
-        workers = min(self.networks(folds, seeds), self.gpus or self.cores)
+        workers = min(self.networks(folds, seeds), self.gpus * streams or self.cores)
         return {"workers": workers, "threads": 1 if self.gpus else self.cores // workers}
+
+    def window(self, around: int) -> float:
+        """Return the area of what is trained on at once, in tiles."""
+        return (self.height + around) * (self.width + around) / (self.height * self.width)
 
     def relative_speed(self, plan) -> float:
         """Return the training images/s of all workers of a plan, but for a factor. 1.7 and .4 are measured
-        on CPUs; two threads inside each operation do the work of 1.3 workers."""
-        area = (self.height + 2 * plan.margin) * (self.width + 2 * plan.margin)
-        return plan.workers * plan.threads ** 0.4 / (area * plan.width ** 1.7)
+        on CPUs, where two threads inside each operation do the work of 1.3 workers; the .4 of the workers on
+        an H200, where 1, 2 and 5 at once trained 9,205, 12,799 and 16,510 images/s."""
+        busy = min(self.gpus, plan.workers)
+        together = busy * (plan.workers / busy) ** 0.4 if busy else plan.workers * plan.threads ** 0.4
+        return together / (self.window(plan.around) * plan.width ** 1.7)
 
     def epoch_seconds(self, plan, speed: float, shown: float) -> float:
-        """Return a worker's seconds for an epoch of one network, given the training images/s of all workers
-        and how often an image is shown; validation costs .4 of a training step."""
+        """Return a worker's seconds for an epoch of one network, given the training images/s of all workers,
+        validation included, and how often an image is shown."""
         validated = 1 / plan.folds if plan.folds > 1 else 1 / 7
-        return self.train * plan.workers / speed * (shown * (1 - validated) + 0.4 * validated)
+        return self.train * plan.workers / speed * shown * (1 - validated)
 
     def predict_seconds(self, plan, speed: float, stages: int, views: int) -> float:
-        """Return the seconds of all predictions of a run, of so many mirrored views of each image."""
-        tested = self.test * plan.folds
-        passes = stages * views * (self.train + tested)
-        steps = 2e-3 * tested + 2e-3 * self.frames * (self.train + self.test)  # rules, evidence
-        return 0.35 * plan.seeds * passes / speed + steps
+        """Return the seconds of all predictions of a run, of so many mirrored views."""
+        area = self.area * plan.folds
+        steps = 4e-3 * area / self.cores  # rules, evidence, morphology
+        return 0.3 * plan.seeds * stages * views * area / (speed * self.window(plan.around)) + steps
 
 
 class Stopped(Exception):
@@ -1483,14 +1518,13 @@ class Workers:
 
     On 2 cores two workers of one thread each train 1.5 times as fast as two threads inside each
     operation. Which worker does what changes no bit of the results; the threads of an operation do.
-    Args: devices, GPUs, each for one worker, or the CPU; workers, how many, at least one; threads, of
-    each of their operations on the CPU; clock, that is written down now and then.
+    Args: devices, GPUs, for one worker or several in turn, or the CPU; workers, how many, at least one;
+    threads, of each of their operations on the CPU; clock, that is written down now and then.
     """
 
     def __init__(self, devices: list[torch.device], workers: int, threads: int = 1,
                  clock: Clock | None = None):
-        every = devices * workers if devices[0].type == "cpu" else devices
-        self.devices, self.threads, self.clock = every[:workers] or devices, threads, clock
+        self.devices, self.threads, self.clock = (devices * workers)[:workers], threads, clock
         self.stopping = threading.Event()
 
     def check(self) -> None:
@@ -1505,10 +1539,9 @@ class Workers:
         """
         def guarded(device: torch.device) -> None:
             torch.set_num_threads(self.threads)  # holds for the calling thread alone
-            if device.type == "cuda":
-                torch.cuda.set_device(device)  # so does this
             try:
-                work(device)
+                with on_stream(device):
+                    work(device)
             except Stopped:
                 pass
             except BaseException:
@@ -1553,6 +1586,69 @@ class Workers:
 
 
 @contextlib.contextmanager
+def on_stream(device: torch.device):
+    """Let the calling thread's work on a GPU run beside that of others, begin after what was done before,
+    and be done when it leaves."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):  # and its device
+        yield
+    stream.synchronize()
+
+
+_launching = threading.Lock()
+
+
+def alone(device: torch.device):
+    """Return a context in which, of the threads that train on a GPU, one launches kernels, or captures them:
+    the search for the fastest algorithm, in another thread, would spoil a capture."""
+    return contextlib.nullcontext() if device.type == "cpu" else _launching
+
+
+class Replayed:
+    """A training step, step(tiles), that a GPU replays: its hundreds of kernels are launched at once.
+
+    After a few calls as it is it is captured. All that varies must lie in the same tensors each time, tiles,
+    learning rate, generator; on a CPU, or where capture fails, it stays as it is.
+    Source: PyTorch's notes on CUDA graphs.
+    """
+
+    def __init__(self, step, generator: torch.Generator):
+        self.step, self.generator, self.graph, self.tiles = step, generator, None, None
+        self.ready = collections.Counter()  # calls of a thread: cuDNN chooses its algorithms for each one
+        self.wanted = 3 if generator.device.type == "cuda" else math.inf
+
+    def __call__(self, tiles: torch.Tensor) -> None:
+        thread = threading.get_ident()
+        if self.graph is None:
+            with alone(tiles.device):
+                if self.ready[thread] >= self.wanted:
+                    self.capture(tiles)
+                if self.graph is None:
+                    self.ready[thread] += 1
+                    self.step(tiles)
+                    return
+        self.tiles.copy_(tiles)
+        self.graph.replay()
+
+    def capture(self, tiles: torch.Tensor) -> None:
+        """Note what the step launches; nothing of it runs."""
+        graph, self.tiles = torch.cuda.CUDAGraph(), tiles.clone()
+        try:
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(),
+                                  capture_error_mode="thread_local"):
+                self.step(self.tiles)
+            self.graph = graph
+        except RuntimeError as e:
+            warn(f"going on without a CUDA graph ({str(e).splitlines()[0][:100]})")
+            self.wanted = math.inf
+
+
+@contextlib.contextmanager
 def single_threaded():
     """Let the calling thread compute alone, and give back the threads it had: sums of one thread are
     the same on every machine, and beside busy processes threads wait for one another (40 images
@@ -1571,7 +1667,8 @@ class EMA:
     """The exponential moving average of a network's weights and batch-norm statistics."""
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay, self.steps = copy.deepcopy(model), decay, 0
+        self.model, self.decay = copy.deepcopy(model), decay
+        self.steps = torch.zeros((), device=next(model.parameters()).device)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -1580,66 +1677,110 @@ class EMA:
                              for net in (self.model, model))
         self.steps += 1
         # at first less than decay: short runs must forget their random start
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(averages, current, 1 - decay)
+        decay = ((1 + self.steps) / (10 + self.steps)).clamp_max(self.decay)
+        torch._foreach_mul_(averages, decay)  # not a step towards them: 0 is to copy, bit for bit
+        torch._foreach_add_(averages, torch._foreach_mul(current, 1 - decay))
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
-        self.steps = state["steps"]
+        self.steps.copy_(state["steps"])
 
 
-@dataclass
+@dataclass(eq=False)
 class StageInput:
-    """What the networks of a stage look at and learn; in stage 2 also what was said there before."""
+    """What the networks of a stage look at and learn: T tiles in their frames, training tiles first; in
+    stage 2 also what was said there before, in V views, one for each fold."""
 
-    images: torch.Tensor                    # uint8 (N, H, W), with a margin; the others have none
+    frames: Frames
+    rim: int                                # mirrored pixels around a frame that is predicted
+    window: tuple[int, int]                 # height and width of what is trained on, at least a tile
+    images: torch.Tensor                    # uint8 (T, H, W)
     mean: float                             # of the training images' grey values
     std: float
-    targets: torch.Tensor | None = None     # int8 (N, H, W), with that margin; -1: ignored
-    is_rare: torch.Tensor | None = None     # bool (NUM_CLASSES,)
-    paste: float = 0.0                      # share of the images trained on that get rare patches
-    cleaned: torch.Tensor | None = None     # masks, uint8 (N, h, w)
-    confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (N, h, w)
-    evidence: torch.Tensor | None = None    # of labels and predictions, float (N, 2 * outputs, ·, ·)
+    targets: torch.Tensor                   # int8 (T, H, W); -1: ignored, as of test tiles
+    fold_of: torch.Tensor                   # int64 (T,): of a test tile -2
+    is_rare: torch.Tensor                   # bool (NUM_CLASSES,)
+    paste: float = 0.0                      # share of the windows trained on that get rare patches
+    same_fold: bool = False                 # whether a window's labels are of its tile's fold alone
+    cleaned: torch.Tensor | None = None     # masks, uint8 (V, T, H, W)
+    confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (V, T, H, W)
+    evidence: torch.Tensor | None = None    # of the frames' labels, float (V, T, outputs, h, w)
     only_flag: bool = False                 # whether the cleaned masks' background is all that is seen
-    holds_rare: torch.Tensor | None = None  # bool (N,): images with a rare class; follows
 
-    def __post_init__(self):
-        if self.targets is not None:
-            self.holds_rare = self.is_rare[self.targets.clamp_min(0).int()].flatten(1).any(1)
+    @property
+    def area(self) -> float:
+        """Pixels of all frames with their rims, in tiles."""
+        size = torch.tensor(self.images.shape[1:], device=self.images.device)
+        return float(((self.frames.size * size + 2 * self.rim).prod(1) / size.prod()).sum())
 
     def to(self, device: torch.device) -> StageInput:
-        """Return a copy on that device."""
-        return dataclasses.replace(self, **{name: value.to(device) for name, value in vars(self).items()
-                                            if isinstance(value, torch.Tensor)})
+        """Return a copy on that device, or itself if it is there."""
+        return self if self.images.device == device else dataclasses.replace(self, **{
+            name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")})
 
     def halved(self, paste: float) -> StageInput:
         """Return images and targets of half the side, rounded up, that get patches pasted."""
         images = F.avg_pool2d(self.images.float(), 2, ceil_mode=True).round().byte()
-        return dataclasses.replace(self, images=images, targets=self.targets[:, ::2, ::2], paste=paste)
+        return dataclasses.replace(self, window=tuple(-(-n // 2) for n in self.window), images=images,
+                                   targets=self.targets[:, ::2, ::2].contiguous(), paste=paste)
 
-    def batch(self, index, first_class: int) -> torch.Tensor:
-        """Return the input batch of the images at index (tensor or slice), float (B, C, H, W).
+    def holds_rare(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return which of the tiles have a pixel of a rare class, bool (B,)."""
+        return self.is_rare[self.targets[tiles].clamp_min(0).int()].flatten(1).any(1)
+
+    def windows(self, tiles: torch.Tensor, first_class: int, held_out: int = -9,
+                gen: torch.Generator | None = None) -> Batch:
+        """Return windows around tiles and their labels. With gen, for training: at a random place, the tile
+        inside, with the labels of all tiles whose fold is not held_out (same_fold: is the tile's own);
+        without, for validation: the tile in the middle, and its own labels alone."""
+        (frame, row, column), (h, w) = self.frames.place[:, tiles], self.images.shape[1:]
+        shift = torch.full((2, len(tiles)), 0.5, device=tiles.device)
+        if gen is not None:
+            shift = torch.rand(2, len(tiles), device=tiles.device, generator=gen)
+        top = (shift[0] * (self.window[0] - h + (gen is not None))).long()
+        left = (shift[1] * (self.window[1] - w + (gen is not None))).long()
+        pixels, known = self.frames.pixels(frame, row * h - top, column * w - left, self.window, (h, w))
+        tile, own = pixels // (h * w), self.fold_of[tiles][:, None, None]
+        if gen is None:
+            counted = tile == tiles[:, None, None]
+        else:
+            counted = self.fold_of[tile] == own if self.same_fold else self.fold_of[tile] != held_out
+        y = torch.where(known & counted, self.targets.flatten()[pixels], -1)
+        return self.look(pixels, own.clamp_min(0), first_class), y
+
+    def whole_frames(self, frames: torch.Tensor, view: int, first_class: int) -> torch.Tensor:
+        """Return the input batch of frames of one size, (B,), with their rims, as a view has it."""
+        (h, w), corner = self.images.shape[1:], torch.full_like(frames, -self.rim)
+        rows, columns = self.frames.size[frames[0]].tolist()
+        window = rows * h + 2 * self.rim, columns * w + 2 * self.rim
+        pixels = self.frames.pixels(frames, corner, corner, window, (h, w))[0]
+        return self.look(pixels, torch.full_like(frames, view)[:, None, None], first_class)
+
+    def look(self, pixels: torch.Tensor, view: torch.Tensor, first_class: int) -> torch.Tensor:
+        """Return the input batch, float (B, C, h, w), of pixels of Frames.pixels, each as its view, (B, 1, 1),
+        has it.
 
         Stage 1: the standardised image. Stage 2: also the cleaned mask one-hot from first_class on, its
-        confidence and the frames' evidence, 0 on the margin; or, as published, a flag, 0 where stage 1
-        said background and -1 elsewhere.
+        confidence and the frames' evidence; or, as published, a flag, 0 where stage 1 said background and -1
+        elsewhere.
         """
-        x = ((self.images[index].float() - self.mean) / self.std)[:, None]
-        if self.cleaned is None:
-            return x
-        cleaned = self.cleaned[index][:, None]
-        if self.only_flag:
-            return torch.cat([x, -(cleaned != 0).float()], 1)
-        classes = torch.arange(first_class, NUM_CLASSES, device=x.device)[:, None, None]
-        said = [(cleaned == classes).float(), self.confidence[index][:, None].float() / 255]
+        h, w = self.images.shape[1:]
+        x = [((self.images.flatten()[pixels].float() - self.mean) / self.std)[:, None]]
+        if self.cleaned is not None:
+            said = pixels + view * self.images.numel()
+            cleaned = self.cleaned.flatten()[said][:, None]
+            if self.only_flag:
+                return torch.cat([*x, -(cleaned != 0).float()], 1)
+            classes = torch.arange(first_class, NUM_CLASSES, device=pixels.device)[:, None, None]
+            x += [(cleaned == classes).float(), self.confidence.flatten()[said][:, None].float() / 255]
         if self.evidence is not None:
-            said.append(F.interpolate(self.evidence[index] / 3, cleaned.shape[2:], mode="bilinear"))
-        margin = (x.shape[-1] - cleaned.shape[-1]) // 2
-        return torch.cat([x, F.pad(torch.cat(said, 1), (margin,) * 4)], 1)
+            rows, columns = self.evidence.shape[3:]
+            cell = pixels // w % h * rows // h, pixels % w * columns // w
+            x.append(self.evidence[view, pixels // (h * w), :, *cell].permute(0, 3, 1, 2) / 3)
+        return torch.cat(x, 1)
 
 
 @dataclass(eq=False)
@@ -1652,25 +1793,47 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler
+    generator: torch.Generator  # of an epoch's order and augmentation, seeded anew for each
+    sums: torch.Tensor        # of the losses of good steps since they were zeroed, and these steps
     history: list[dict] = field(default_factory=list)  # one record an epoch
     best: dict | None = None  # the EMA's weights after the best epoch
     best_figure: float = -math.inf
     best_epoch: int = 0
     finished: bool = False
     saved: float = field(default_factory=time.monotonic)  # when
+    steps: dict = field(default_factory=dict)  # StageInput → Replayed, the step on it
 
     @classmethod
     def begin(cls, path: Path, model: UNet, device: torch.device, dtype: torch.dtype, lr: float,
               weight_decay: float, ema_decay: float, patience: int) -> TrainingState:
         """Return model, on the device, with nothing learnt yet."""
         model = model.to(device, memory_format=torch.channels_last)
-        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
+        gpu = device.type == "cuda"  # a graph finds the rate in a tensor
+        optimizer = torch.optim.AdamW(model.parameters(), torch.tensor(lr, device=device) if gpu else lr,
+                                      weight_decay=weight_decay, fused=True, capturable=gpu)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
             optimizer, "max", factor=0.6, patience=patience * 7 // 25, min_lr=1e-6)
         # other types than float16 need no scale, but its way to leave out a step; not the usual 2^16, at
         # which the first ones may all overflow
         scaler = torch.amp.GradScaler(device.type, 2.0**10 if dtype == torch.float16 else 1.0)
-        return cls(path, model, EMA(model, ema_decay), optimizer, scheduler, scaler)
+        return cls(path, model, EMA(model, ema_decay), optimizer, scheduler, scaler,
+                   torch.Generator(device), torch.zeros(2, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.sums.device
+
+    @property
+    def rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
     PARTS = ("model", "ema", "optimizer", "scheduler", "scaler")
     FACTS = ("history", "best", "best_figure", "best_epoch", "finished")
@@ -1715,21 +1878,10 @@ class TrainingState:
             raise UserError(f"{self.path}: of other code or another network ({str(e).splitlines()[0][:80]}); "
                             "put that back, or begin anew with --fresh") from e
 
-    def to(self, device: torch.device) -> None:
-        """Move all of it to a device."""
-        if next(self.model.parameters()).device != device:
-            scaler = self.scaler.state_dict()
-            self.model.to(device)
-            self.ema.model.to(device)
-            self.optimizer.load_state_dict(self.optimizer.state_dict())  # its averages follow
-            self.scaler = torch.amp.GradScaler(device.type, enabled=self.scaler.is_enabled())
-            self.scaler.load_state_dict(scaler)
+    def step(self, criterion) -> None:
+        """Take one optimizer step down the loss, criterion(model), and count it in sums.
 
-    def step(self, criterion) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take one optimizer step down the loss, criterion(model); return it and whether it counted.
-
-        A step whose gradient is not finite changes no weight and no statistic. Both stay on the device:
-        nothing waits for it.
+        A step whose gradient is not finite changes no weight and no statistic. Nothing waits for the device.
         """
         statistics = [t for t in self.model.buffers() if t.is_floating_point()]  # batch norm's
         before = [t.clone() for t in statistics]
@@ -1744,7 +1896,7 @@ class TrainingState:
         for now, old in zip(statistics, before, strict=True):  # the forward pass has changed them
             now.copy_(torch.where(good, now, old))
         self.ema.update(self.model)
-        return loss.detach(), good
+        self.sums += torch.stack([torch.where(good, loss.detach(), 0), good])
 
 
 class Timetable:
@@ -1767,8 +1919,11 @@ class Timetable:
         self.epochs = self.affordable()
 
     def pace(self) -> float:
-        """Return how many times as long as planned the last epochs took."""
-        return float(np.median(self.paces[-max(3, len(self.networks)):])) if self.paces else 1.0
+        """Return how many times as long as planned the last epochs took, once a tenth of all are over: the
+        first ones pay for more, as GPUs' graphs."""
+        early = any(len(network.history) < 0.1 * self.planned and not network.finished
+                    for network in self.networks)
+        return 1.0 if early or not self.paces else float(np.median(self.paces[-max(3, len(self.networks)):]))
 
     def seconds_for(self, epochs: int) -> float:
         """Return the seconds until all networks will have come so far; of an epoch that is under way
@@ -1788,12 +1943,12 @@ class Timetable:
             epochs -= 1
         return epochs
 
-    def take(self) -> TrainingState | None:
-        """Return the network that has come least far and is nobody's; None if there is none."""
+    def take(self, device: torch.device) -> TrainingState | None:
+        """Return the network of a device that has come least far and is nobody's; None if there is none."""
         with self.lock:
             self.epochs = self.affordable()
             waiting = [network for network in self.networks if network not in self.busy
-                       and not network.finished and len(network.history) < self.epochs]
+                       and network.device == device and not network.finished and len(network.history) < self.epochs]
             if self.time_left(self.pace()) <= 0:  # then a round is ended, and nothing else
                 waiting = [network for network in waiting if len(network.history) in (0, self.epochs - 1)]
             if not waiting:
@@ -1843,18 +1998,19 @@ def training_speed(workers: Workers, networks: list[TrainingState], sizes: list[
     """Return for each size of images how many a second all workers at once train, each a network.
 
     Args: train, a function that trains a network on a StageInput for a number of steps and returns that
-    of the images. Timed are twice four steps after two, and the faster counts: what disturbs a moment
-    is not to shrink a whole run, and where all is slower than this the timetable shrinks in time.
+    of the images. Timed are twice four steps after two, on a GPU more, and the faster counts: what disturbs
+    a moment is not to shrink a whole run, and where all is slower than this the timetable shrinks in time.
     """
-    waiting, speeds = list(networks), []
+    waiting = {network.device: [other for other in networks if other.device == network.device]
+               for network in networks}
+    speeds = []
 
     def work(device: torch.device) -> None:
-        network, own = waiting.pop(), []
+        network, own = waiting[device].pop(), []
         with explained("measuring the speed"):
-            network.to(device)
             for data in (size.to(device) for size in sizes):
                 rates = []
-                for steps in (2, 4, 4):  # the first ones find their memory
+                for steps in (8, 32, 32) if device.type == "cuda" else (2, 4, 4):  # at first it finds memory
                     start = time.perf_counter()
                     images = train(network, data, steps)
                     rates.append(images / (time.perf_counter() - start))
@@ -1874,9 +2030,8 @@ def train_side_by_side(title: str, table: Timetable, advance, workers: Workers) 
     progress = Progress(title, table)
 
     def work(device: torch.device) -> None:
-        while network := table.take():
+        while network := table.take(device):
             with explained(f"{network.path.stem}, epoch {len(network.history) + 1}"):
-                network.to(device)
                 advance(network, device, table.epochs)
             table.give_back(network)
 
@@ -1899,7 +2054,7 @@ def evaluate(model: UNet, batches, dtype: torch.dtype, first_class: int, **loss_
     loss, count = torch.zeros((), device=device), 0
     pairs = torch.zeros(NUM_CLASSES ** 2, dtype=torch.int64, device=device)
     for x, y in batches:
-        with autocast(device, dtype):
+        with alone(device), autocast(device, dtype):
             logits = model(x.contiguous(memory_format=torch.channels_last))[0]
         y = y.long()
         loss += focal_loss(logits, (y - first_class).clamp_min(-1), **loss_args) * len(y)
@@ -1923,13 +2078,13 @@ def fused(model: UNet) -> UNet:
 
 @torch.inference_mode()
 def predict_probs(models: list[UNet], make_input, num_images: int, dtype: torch.dtype, first_class: int,
-                  tta: bool, margin: int = 0, batch_size: int = 0) -> np.ndarray:
+                  tta: bool, margin: int = 0, batch_size: int = 64) -> np.ndarray:
     """Return models' mean class probabilities in 1/255, uint8 (N, classes, H, W), of make_input's images.
 
     Args: make_input, a function from a slice to a float batch (B, C, H + 2 margin, W + 2 margin);
     first_class, the class of the model's first output (1: background is never predicted); tta, mean with
-    the mirrored copy; batch_size, 0: the largest of 64 on a CPU, of 1,024 on a GPU, and their halves that
-    fits into memory. Each model, in eval mode, answers on the device where it is.
+    the mirrored copy; batch_size, that is halved until it fits into memory. Each model, in eval mode, answers
+    on the device where it is.
     """
     def answer(model: UNet, x: torch.Tensor) -> torch.Tensor:
         device = next(model.parameters()).device
@@ -1937,7 +2092,6 @@ def predict_probs(models: list[UNet], make_input, num_images: int, dtype: torch.
             return torch.softmax(model(x.to(device))[0].float(), 1).to(x.device)
 
     out, i = None, 0
-    batch_size = batch_size or (64 if next(models[0].parameters()).device.type == "cpu" else 1024)
     while i < num_images:
         try:
             x = make_input(slice(i, i + batch_size)).contiguous(memory_format=torch.channels_last)
@@ -2306,19 +2460,15 @@ def curves(title: str, lines: dict[str, list[float]]) -> str:
             f"<figcaption>{title}, {low:.3f} to {high:.3f}{names}</figcaption></figure>")
 
 
-def show_frames(data: Data, place: np.ndarray, labels: np.ndarray, test_labels: np.ndarray | None,
-                shares: dict[str, float]) -> list[str]:
+def show_frames(data: Data, place: np.ndarray, labels: np.ndarray,
+                test_labels: np.ndarray) -> list[str]:
     """Return a heading and rows of pictures of the six largest frames: image, known labels, predictions.
 
-    Args: place, of find_frames; labels out of fold, uint8 (N, H, W), and of the test tiles, (M, H, W);
-    shares, of known_neighbours.
+    Args: place, of find_frames; labels out of fold, uint8 (N, H, W), and of the test tiles, (M, H, W).
     """
-    nothing = np.zeros_like(data.test_images)
-    tests = np.stack([data.test_images, nothing, nothing if test_labels is None else test_labels], 1)
+    tests = np.stack([data.test_images, np.zeros_like(test_labels), test_labels], 1)
     tiles = np.concatenate([np.stack([data.images, data.masks, labels], 1), tests])
-    rows = ["<h2>Camera frames, put back together</h2>",
-            *(f"<p>Neighbours whose label is known: {100 * share:.0f} % at {when} time.</p>"
-              for when, share in shares.items())]
+    rows = ["<h2>Camera frames, put back together</h2>"]
     for frame in np.bincount(place[0, place[0] >= 0]).argsort(kind="stable")[:-7:-1]:
         inside = place[0] == frame
         canvas = frame_canvas(tiles[inside], place[:, inside] - [[frame], [0], [0]])[0]
@@ -2353,7 +2503,7 @@ def show_images(data: Data, labels: dict[str, np.ndarray], submitted: str, valid
 
 
 def show_scores(metrics: dict, histories: dict, data: Data, labels: dict[str, np.ndarray],
-                test_labels: np.ndarray | None) -> list[str]:
+                test_labels: np.ndarray) -> list[str]:
     """Return tables and curves: scores, training, confusion, calibration, shares. Args: see write_report."""
     columns = {"miou": "mean IoU (competition)", "fold_std": "± over folds", "ece": "calibration error",
                "least_sure_errors": "errors in the least sure fifth",
@@ -2377,7 +2527,7 @@ def show_scores(metrics: dict, histories: dict, data: Data, labels: dict[str, np
     bins = np.array([row for row in rows if row[2] > 0] or [[0] * 3])
     parts += ["<h2>How sure, how right</h2>", curves(f"{metrics['submitted']}, from the least sure pixels to "
               "the surest", {"confidence": bins[:, 0].tolist(), "accuracy": bins[:, 1].tolist()})]
-    if test_labels is not None:
+    if len(test_labels):
         shares = np.stack([np.bincount(x.ravel(), minlength=NUM_CLASSES) for x in (data.masks, test_labels)])
         shares = pd.DataFrame(shares[:, 1:], ["training labels", "submission"], CLASSES[1:])
         parts += ["<h2>Shares of the classes</h2>", table(shares.div(shares.sum(axis=1).clip(1), axis=0))]
@@ -2386,7 +2536,7 @@ def show_scores(metrics: dict, histories: dict, data: Data, labels: dict[str, np
 
 def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: Data, validated: np.ndarray,
                  labels: dict[str, np.ndarray], confidence: np.ndarray, place: np.ndarray | None,
-                 test_labels: np.ndarray | None) -> None:
+                 test_labels: np.ndarray) -> None:
     """Write out/report.html, one file that needs no network.
 
     Args: metrics, what metrics.json holds; histories, (stage, net) → list of epochs; facts, anything to
@@ -2402,7 +2552,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     parts += images
     if place is not None:
         seen = labels[metrics["submitted"]] * validated[:, None, None]
-        parts += show_frames(data, place, seen, test_labels, metrics.get("known_neighbours", {}))
+        parts += show_frames(data, place, seen, test_labels)
     parts.append(f"<h2>Intruders: {len(data.outlier_images)} training images taken out</h2>")
     with contextlib.suppress(OSError, KeyError, ValueError):  # the list is gone, or was edited
         found = pd.read_csv(out / "outliers.csv")

@@ -72,7 +72,8 @@ class Config:
     small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
     stride: int = 2               # side of the blocks of pixels that the network takes as one
     context: bool = True          # the bottleneck hears of the whole image
-    surroundings: bool = True     # networks see pixels of the tiles around theirs in its frame
+    rim: int = 8                  # mirrored pixels around a frame that is predicted
+    streams: int = 5              # networks trained at once on a GPU
     level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; there is a level more
 
 
@@ -102,7 +103,7 @@ class Plan:
     folds: int = 1
     seeds: int = 1           # networks of each fold
     width: int = 16
-    margin: int = 0          # pixels seen around a tile
+    around: int = 0          # pixels of a window beyond its tile
     workers: int = 1         # of each rank, when the plan was made
     threads: int = 1         # of each operation on a CPU
     epochs: tuple = (1, 1)   # of each network of stage 1 and 2
@@ -113,6 +114,17 @@ class Plan:
 
 
 @dataclass
+class Step:
+    """What was said after a step of the run: "stage1", "frames" or "stage2"."""
+
+    name: str
+    labels: np.ndarray      # out of fold, uint8 (N, H, W)
+    confidence: np.ndarray  # their probability, in 1/255, uint8 (N, H, W)
+    tests: np.ndarray       # labels of the test set, uint8 (M, H, W)
+    sure: np.ndarray        # their mean confidence, (M,)
+
+
+@dataclass
 class Run:
     """What every part of a run needs to know. Images and masks are those that the cleaning kept."""
 
@@ -120,26 +132,18 @@ class Run:
     state: Path  # the folder of checkpoints, in --out
     clock: lib.Clock
     ranks: lib.Ranks
-    lock: object                          # keeps other runs out of the folder as long as it lives
+    lock: object                # keeps other runs out of the folder as long as it lives
     data: lib.Data
-    is_rare: np.ndarray                   # bool (NUM_CLASSES,): under 2 % of the labelled pixels
-    neighbours: np.ndarray | None         # (N + M, 4) of training and test tiles
-    place: np.ndarray | None              # (3, N + M): their frame, row and column
-    workers: lib.Workers
+    is_rare: np.ndarray         # bool (NUM_CLASSES,): under 2 % of the labelled pixels
+    place: np.ndarray | None    # (3, N + M): frame, row and column of training and test tiles
+    workers: lib.Workers        # train and predict
+    helpers: lib.Workers        # do what no network does, on all cores
     plan: Plan | None = None
-    train: StageInput = None              # of stage 1, on the device, with the plan's margin
-    tests: StageInput = None              # the same, without labels; perhaps no image
-    said: np.ndarray = None               # stage 1's probabilities of the test images, see of_tests
-    fold_of: np.ndarray = None
-    evidence: lib.Evidence | None = None  # what the frames say
-    metrics: dict = field(default_factory=dict)     # what metrics.json holds
-    histories: dict = field(default_factory=dict)   # (stage, net) → list of epochs
-    labels: dict = field(default_factory=dict)      # step → out-of-fold labels, uint8 (N, H, W)
-    confidence: dict = field(default_factory=dict)  # step → their probability, uint8 (N, H, W)
-
-    @property
-    def device(self) -> torch.device:
-        return self.workers.devices[0]
+    fold_of: np.ndarray = None  # (N,)
+    tiles: StageInput = None    # of stage 1, on the device
+    metrics: dict = field(default_factory=dict)    # what metrics.json holds
+    histories: dict = field(default_factory=dict)  # (stage, net) → list of epochs
+    steps: list[Step] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,21 +152,22 @@ class Run:
     @property
     def end(self) -> float:
         """The clock's seconds at which training leaves the rest of the time to prediction."""
-        left = 1.0 if self.said is None else 0.5  # of all predictions stage 1's are half
+        left = 0.5 if self.steps else 1.0  # of all predictions stage 1's are half
         return 0.97 * self.clock.limit - left * self.plan.predict_seconds
 
 
-def put_on_device(run: Run, margin: int) -> None:
-    """Put training and test images on the device, with a margin of what lies around them."""
-    data, device = run.data, run.device
-    tiles = np.concatenate([data.images, data.test_images])
-    tiles = torch.from_numpy(lib.surroundings(tiles, run.place, margin)).to(device)
-    masks = F.pad(torch.from_numpy(data.masks).char(), (margin,) * 4, value=-1).to(device)
+def put_on_device(run: Run) -> None:
+    """Put all tiles on the device, in their frames, with the labels of the training tiles."""
+    cfg, data = run.cfg, run.data
+    tiles, (n, h, w) = np.concatenate([data.images, data.test_images]), data.masks.shape
+    targets, fold_of = np.full(tiles.shape, -1, np.int8), np.full(len(tiles), -2)
+    targets[:n], fold_of[:n] = data.masks, run.fold_of
     # after small images with patches come whole ones as they are: that is what will be predicted
-    run.train = StageInput(tiles[:len(data.images)], data.mean, data.std, masks,
-                           torch.from_numpy(run.is_rare).to(device),
-                           0.0 if run.cfg.small_share else run.cfg.paste)
-    run.tests = StageInput(tiles[len(data.images):], data.mean, data.std)
+    run.tiles = StageInput(
+        lib.Frames.lay_out(run.place, len(tiles)), 0 if run.place is None else cfg.rim,
+        (h + run.plan.around, w + run.plan.around), torch.from_numpy(tiles), data.mean, data.std,
+        torch.from_numpy(targets), torch.from_numpy(fold_of), torch.from_numpy(run.is_rare),
+        0.0 if cfg.small_share else cfg.paste).to(run.workers.devices[0])
 
 
 # ------------------------------------------------------------------------- one network's training
@@ -180,7 +185,9 @@ def new_network(run: Run, stage: int, net: int, channels: int = 1,
         model.start_from(parent)
         model.silence(torch.from_numpy(run.is_rare[cfg.first_class:]))
     path = run.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
-    return TrainingState.begin(path, model, run.device, run.dtype, learning_rate(cfg, stage, 1, 1),
+    devices = list(dict.fromkeys(run.workers.devices))  # each rank's networks in turn
+    device = devices[net // run.ranks.world % len(devices)]
+    return TrainingState.begin(path, model, device, run.dtype, learning_rate(cfg, stage, 1, 1),
                                cfg.weight_decay, cfg.ema_decay, cfg.patience)
 
 
@@ -207,16 +214,17 @@ def batch_size(cfg: Config, images: int) -> int:
     return min(cfg.batch_size, max(4, images // 16))
 
 
-def training_batch(run: Run, data: StageInput, index: torch.Tensor, donors: torch.Tensor,
-                   gen: torch.Generator) -> lib.Batch:
-    """Return an augmented batch. Rare patches come from the images at donors, of the same split."""
+def training_batch(run: Run, data: StageInput, fold: int, tiles: torch.Tensor,
+                   donors: torch.Tensor, gen: torch.Generator) -> lib.Batch:
+    """Return an augmented batch of windows around tiles, without the labels of a fold. Rare patches
+    come from windows around donors, tiles of the same split."""
     cfg = run.cfg
-    x, y = data.batch(index, cfg.first_class), data.targets[index]
+    x, y = data.windows(tiles, cfg.first_class, fold, gen)
     if data.paste and len(donors):
-        pick = donors[torch.randint(len(donors), (len(index),), device=x.device, generator=gen)]
-        patches = data.targets[pick]
+        pick = donors[torch.randint(len(donors), (len(tiles),), device=x.device, generator=gen)]
+        donor_x, patches = data.windows(pick, cfg.first_class, fold, gen)
         patches = torch.where(data.is_rare[patches.clamp_min(0).int()], patches, 0)
-        x, y = lib.paste_rare(x, y, data.batch(pick, cfg.first_class), patches, gen, data.paste)
+        x, y = lib.paste_rare(x, y, donor_x, patches, gen, data.paste)
     for dim in (-1, -2) if cfg.flip_vertical else (-1,):
         x, y = lib.flip(x, y, dim, gen)
     if cfg.geometric:
@@ -226,43 +234,57 @@ def training_batch(run: Run, data: StageInput, index: torch.Tensor, donors: torc
     return x.contiguous(memory_format=torch.channels_last), y
 
 
-def train_one_epoch(run: Run, network: TrainingState, data: StageInput, index: torch.Tensor,
-                    key: tuple[int, ...], most_steps: int | None = None) -> float:
-    """Train on every image at index, on rare ones rare_repeat times, in the order of key = (stage,
-    net, epoch), and return the mean loss. Nothing waits for the device inside; the time's end, a
-    signal or another worker's error ends it between two steps."""
-    cfg, device, results = run.cfg, data.images.device, []
-    gen = lib.generator(device, cfg.seed, *key)
-    donors = index[data.holds_rare[index]]
-    order = torch.cat([index, donors.repeat(cfg.rare_repeat - 1)])
-    order = order[torch.randperm(len(order), device=device, generator=gen)]
-    network.model.train()
-    for batch in order.split(batch_size(cfg, len(index)))[:most_steps]:
-        run.workers.check()
-        if results and run.clock.used() > run.end:
-            break
-        batch = batch.repeat(2) if len(batch) == 1 else batch  # batch norm wants two values
-        x, y = training_batch(run, data, batch, donors, gen)
+def training_step(run: Run, network: TrainingState, data: StageInput, fold: int,
+                  donors: torch.Tensor) -> lib.Replayed:
+    """Return what trains a network on a batch of tiles, without the labels of a fold."""
+    cfg, gen = run.cfg, network.generator
+
+    def step(tiles: torch.Tensor) -> None:
+        x, y = training_batch(run, data, fold, tiles, donors, gen)
         target = (y.long() - cfg.first_class).clamp_min(-1)  # below the first class learnt: ignored
 
-        def criterion(model, x=x, target=target):
-            with lib.autocast(device, run.dtype):
+        def criterion(model: lib.UNet) -> torch.Tensor:
+            with lib.autocast(x.device, run.dtype):
                 logits = model(x)
             return lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma,
                                              alpha=cfg.alpha)
 
-        results.append(network.step(criterion))  # the loss, and whether its gradient was finite
-    losses, counted = (torch.stack(one) for one in zip(*results, strict=True))
-    if not counted.any():
+        network.step(criterion)
+
+    return lib.Replayed(step, gen)
+
+
+def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: torch.Tensor,
+                    key: tuple[int, int, int], most_steps: int | None = None) -> float:
+    """Train on all tiles, on those of a rare class rare_repeat times, in the order of key = (stage,
+    net, epoch), and return the mean loss. Nothing waits for the device inside; the time's end, a
+    signal or another worker's error ends it between two steps."""
+    cfg, size = run.cfg, batch_size(run.cfg, len(tiles))
+    gen = network.generator.manual_seed(lib.seed_of(cfg.seed, *key))
+    donors = tiles[data.holds_rare(tiles)]
+    order = torch.cat([tiles, donors.repeat(cfg.rare_repeat - 1)])
+    order = order[torch.randperm(len(order), device=order.device, generator=gen)]
+    steps = range(-(-len(order) // size))[:most_steps]
+    order = order.repeat(2 + size // len(order))  # to fill up the last batch
+    if data not in network.steps:
+        network.steps[data] = training_step(run, network, data, key[1] % run.plan.folds, donors)
+    network.model.train()
+    network.sums.zero_()
+    for i in steps:
+        run.workers.check()
+        if i and run.clock.used() > run.end:
+            break
+        network.steps[data](order[i * size:(i + 1) * size])
+    loss, good_steps = network.sums.tolist()
+    if not good_steps:
         raise UserError("not one step had a finite gradient")
-    return float(losses[counted].mean())
+    return loss / good_steps
 
 
-def validate(run: Run, network: TrainingState, data: StageInput, index: torch.Tensor) -> dict:
-    """Return lib.evaluate's figures of the averaged weights on the images at index, and the
-    "figure" that decides on the best weights, the higher the better."""
-    batches = ((data.batch(part, run.cfg.first_class), data.targets[part])
-               for part in index.split(2 * batch_size(run.cfg, len(data.images))))
+def validate(run: Run, network: TrainingState, data: StageInput, tiles: torch.Tensor) -> dict:
+    """Return lib.evaluate's figures of the averaged weights on tiles, and the "figure" that
+    decides on the best weights, the higher the better."""
+    batches = (data.windows(part, run.cfg.first_class) for part in tiles.split(64))
     record = lib.evaluate(network.ema.model, batches, run.dtype, run.cfg.first_class,
                           gamma=run.cfg.gamma, alpha=run.cfg.alpha)
     figure = record["score"] if run.cfg.select == "score" else -record["val_loss"]
@@ -276,15 +298,14 @@ def next_epoch(run: Run, stage: int, net: int, network: TrainingState, whole: St
     cfg, start, epoch = run.cfg, time.monotonic(), len(network.history) + 1
     data = small if is_small(cfg, stage, epoch, epochs) else whole
     own = run.fold_of == net % run.plan.folds
-    train, val = (torch.from_numpy(np.flatnonzero(chosen)).to(data.images.device)
+    train, val = (torch.from_numpy(np.flatnonzero(chosen)).to(network.device)
                   for chosen in (~own, own))
     if cfg.cooldown:
-        for group in network.optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, stage, epoch, epochs)
+        network.rate = learning_rate(cfg, stage, epoch, epochs)
     if stage == 2 and cfg.refine == "correct" and epoch == 1:  # stage 1's weights may stay the best
         network.keep_if_best(validate(run, network, data, val)["figure"])
     record = {"loss": train_one_epoch(run, network, data, train, (stage, net, epoch)),
-              **validate(run, network, data, val), "lr": network.optimizer.param_groups[0]["lr"]}
+              **validate(run, network, data, val), "lr": network.rate}
     if not cfg.cooldown:
         network.scheduler.step(record["figure"])
     network.history.append(record | {"seconds": time.monotonic() - start})
@@ -297,7 +318,7 @@ def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
     """Train all networks of a stage side by side, each rank its share, from their fold's parents
     if there are any, until the clock's deadline; return each fold's with their best weights."""
     cfg, plan, ranks = run.cfg, run.plan, run.ranks
-    channels = data.batch(slice(1), cfg.first_class).shape[1]
+    channels = data.windows(data.fold_of[:1] * 0, cfg.first_class)[0].shape[1]
     networks = [new_network(run, stage, net, channels,
                             parents[net % plan.folds][net // plan.folds] if parents else None)
                 for net in range(plan.folds * plan.seeds)]
@@ -328,23 +349,24 @@ def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
 
 # --------------------------------------------------------------------------------------- the plan
 
-# folds, width, margin, epochs of stage 1 for which there must be time; best first, see the README
-SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 72), (4, 16, 16, 56), (4, 16, 0, 22),
+# folds, width, pixels of a window beyond its tile, epochs of stage 1 for which there must be time;
+# best first, see the README
+SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 84), (4, 16, 32, 84), (4, 16, 0, 22),
          (3, 16, 0, 17), (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
 
 def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes=SIZES) -> Plan:
     """Return the Plan of what fits into 15/16 of the seconds left, given one of known speed."""
-    around = cfg.surroundings and task.frames and min(task.height, task.width) >= 64
+    most_around = min(task.height, task.width) // 2 * task.frames
     small = measured.speed / measured.small_speed  # time of a small image, against a whole one
     shown = 1 + task.rare * (cfg.rare_repeat - 1)  # how often an image is, in an epoch of stage 1
     later = 1.5 * (shown if cfg.refine == "background" else 1)  # in stage 2, at 1.5 times the cost
     second_epochs = 1.0 if cfg.epochs else cfg.second_epochs    # a share of stage 1's
 
-    def draft(folds: int, seeds: int, width: int, margin: int) -> tuple[Plan, float]:
+    def draft(folds: int, seeds: int, width: int, around: int) -> tuple[Plan, float]:
         """Return a plan of this size, and how many epochs of stage 1 there is time for."""
-        plan = replace(measured, folds=folds, seeds=seeds, width=width, margin=margin,
-                       **task.share_cores(folds, seeds))
+        plan = replace(measured, folds=folds, seeds=seeds, width=width, around=around,
+                       **task.share_cores(folds, seeds, cfg.streams))
         speed = measured.speed * task.relative_speed(plan) / task.relative_speed(measured)
         predict = task.predict_seconds(plan, speed, cfg.stages, 1 + cfg.tta)
         whole, second = (task.epoch_seconds(plan, speed, times) for times in (shown, later))
@@ -357,14 +379,14 @@ def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes
         return replace(plan, epochs=epochs, predict_seconds=predict,
                        epoch_seconds=((small * whole, whole), (second, second))), affordable
 
-    for folds, width, margin, least in sizes:
-        least = max(least, cfg.epochs) if margin and around else least  # no margin unless they fit
+    for folds, width, around, least in sizes:
+        least = max(least, cfg.epochs) if around else least  # tiles alone unless they fit
         plan, affordable = draft(cfg.folds or min(folds, task.train), cfg.seeds or 1,
-                                 cfg.width or width, margin if around else 0)
+                                 cfg.width or width, min(around, most_around))
         if affordable >= least:
             break
     while not (cfg.seeds or cfg.epochs) and plan.seeds < 8:
-        larger, affordable = draft(plan.folds, plan.seeds + 1, plan.width, plan.margin)
+        larger, affordable = draft(plan.folds, plan.seeds + 1, plan.width, plan.around)
         if affordable < 0.75 * cfg.most_epochs:
             break
         plan = larger
@@ -373,15 +395,18 @@ def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes
 
 def measure_speed(run: Run) -> Plan:
     """Return the run's plan with the training images/s of all its workers at once."""
-    put_on_device(run, run.plan.margin)
-    sizes = [run.train, run.train.halved(run.cfg.paste)] if run.cfg.small_share else [run.train]
+    put_on_device(run)
+    cfg, n = run.cfg, len(run.data.images)
+    sizes = [run.tiles, run.tiles.halved(cfg.paste)] if cfg.small_share else [run.tiles]
 
     def train(network: TrainingState, data: StageInput, steps: int) -> int:
-        every = torch.arange(len(data.images), device=data.images.device)
+        every = torch.arange(n, device=network.device).repeat(1 + steps * cfg.batch_size // n)
         train_one_epoch(run, network, data, every, (0, 0, 0), steps)
-        return steps * batch_size(run.cfg, len(every))
+        images = steps * batch_size(cfg, len(every))
+        validate(run, network, data, every[:-(-images // 4)])  # as many as of 4 folds
+        return images
 
-    networks = [new_network(run, 1, i) for i in range(len(run.workers.devices))]
+    networks = [new_network(run, 1, i * run.ranks.world) for i in range(len(run.workers.devices))]
     speeds = lib.training_speed(run.workers, networks, sizes, train)
     return replace(run.plan, speed=speeds[0], small_speed=speeds[-1])
 
@@ -390,120 +415,133 @@ def plan_run(run: Run, devices: list[torch.device], task: lib.Task) -> Plan:
     """Return the plan for the time left: a first one from the speed of a small network, and a
     second one from the speed of what the first one chose."""
     cfg = run.cfg
-    run.plan = replace(run.plan, width=cfg.width or 16, workers=task.gpus or task.cores)
+    run.plan = replace(run.plan, width=cfg.width or 16,
+                       workers=task.gpus * cfg.streams or task.cores)
     run.workers = lib.Workers(devices, run.plan.workers)
     measured = measure_speed(run)
     plan = make_plan(cfg, task, measured, run.clock.left())
-    if (plan.width, plan.margin, plan.workers) == (run.plan.width, 0, run.plan.workers):
+    if (plan.width, plan.around, plan.workers) == (run.plan.width, 0, run.plan.workers):
         return plan
     run.plan = replace(plan, predict_seconds=-np.inf)
     run.workers = lib.Workers(devices, plan.workers, plan.threads)
     cfg = replace(cfg, folds=plan.folds, seeds=plan.seeds)
     return make_plan(cfg, task, measure_speed(run), run.clock.left(),
-                     [(plan.folds, plan.width, plan.margin, 0)])
+                     [(plan.folds, plan.width, plan.around, 0)])
 
 
 # ------------------------------------------------------------------------------------- two stages
 
-def predict(run: Run, models: list[lib.UNet], data: StageInput, index: np.ndarray) -> np.ndarray:
-    """Return the networks' mean probabilities of images, in 1/255, uint8 (B, NUM_CLASSES, H, W)."""
-    margin = (data.images.shape[-1] - run.data.masks.shape[-1]) // 2
-    index = torch.as_tensor(index, device=data.images.device)
-    first_class, models = run.cfg.first_class, [lib.fused(model) for model in models]
-    return lib.predict_probs(models, lambda part: data.batch(index[part], first_class), len(index),
-                             run.dtype, first_class, run.cfg.tta, margin)
+def predict(run: Run, stage: list[list[lib.UNet]], data: StageInput) -> np.ndarray:
+    """Return each fold's mean probabilities of all tiles, in 1/255, uint8 (folds, T, C, H, W), from
+    whole frames with a rim of mirrored pixels: 2.6 GB of the competition's 12,600. A fold is not
+    asked about frames that hold neither its own tiles nor test tiles: there 0 stays."""
+    first_class, fold_of = run.cfg.first_class, data.fold_of.cpu().numpy()
+    most_tiles = 64 if data.images.device.type == "cpu" else 1024  # at once
+    probs = np.zeros((len(stage), len(fold_of), NUM_CLASSES, *data.images.shape[1:]), np.uint8)
+    fused = [[lib.fused(model) for model in models] for models in stage]
 
+    def answer(part: tuple[int, np.ndarray]) -> None:
+        fold, frames = part
+        every = torch.from_numpy(frames).to(data.images.device)
+        batch = max(1, most_tiles // int(data.frames.size[every[0]].prod()))
+        said = lib.predict_probs(fused[fold],
+                                 lambda part: data.whole_frames(every[part], fold, first_class),
+                                 len(frames), run.dtype, first_class, run.cfg.tta, data.rim, batch)
+        tiles, values = data.frames.cut(frames, said)
+        probs[fold, tiles] = values
 
-def out_of_fold(run: Run, stage: list[list[lib.UNet]], data: StageInput) -> np.ndarray:
-    """Return each training image's probabilities, uint8 (N, C, H, W), of networks taught none of
-    its labels. Of one split there is but one network: it answers for what it was trained on too."""
-    n, h, w = run.data.masks.shape
-    probs = np.zeros((n, NUM_CLASSES, h, w), np.uint8)
-
-    def answer(part: np.ndarray) -> None:
-        for fold, models in enumerate(stage):
-            own = part[run.fold_of[part] == fold] if len(stage) > 1 else part
-            if len(own):
-                probs[own] = predict(run, models, data, own)
-
-    run.workers.map_parts(answer, np.arange(n))
+    run.workers.map(answer, [
+        (fold, frames) for fold in range(len(stage))
+        for frames in data.frames.batches((fold_of == fold) | (fold_of < 0), 256)])
     return probs
 
 
-def of_tests(run: Run, stage: list[list[lib.UNet]]) -> np.ndarray:
-    """Return each fold's probabilities of the test images, uint8 (folds, M, C, H, W): 2 GB of the
-    competition's 10,022."""
-    (_, h, w), m = run.data.masks.shape, len(run.tests.images)
-    probs = np.zeros((len(stage), m, NUM_CLASSES, h, w), np.uint8)
-
-    def answer(part: np.ndarray) -> None:
-        for own, models in zip(probs, stage, strict=True):
-            own[part] = predict(run, models, run.tests, part)
-
-    run.workers.map_parts(answer, np.arange(m), 64)
-    return probs
-
-
-def second_input(run: Run, data: StageInput, probs: np.ndarray,
-                 evidence: np.ndarray | None) -> StageInput:
-    """Return stage 2's input of what was stage 1's, given what was said there before, probabilities
-    uint8 (B, C, H, W), and the frames' evidence (B, 2, C, h, w), if any."""
-    device, background, targets = data.images.device, run.cfg.refine == "background", data.targets
-    cleaned = lib.clean_masks(lib.decide(probs, lib.PLAIN, run.cfg.first_class))
-    cleaned = torch.from_numpy(cleaned).to(device)
+def second_input(run: Run, said: np.ndarray, evidence: np.ndarray | None) -> StageInput:
+    """Return stage 2's input, given what each fold said before, uint8 (folds, T, C, H, W), and what
+    it heard of the frames, (folds, T, C, h, w), if any."""
+    cfg, data, device = run.cfg, run.tiles, run.workers.devices[0]
+    background, tiles = cfg.refine == "background", len(said[0])
+    cleaned = torch.from_numpy(np.stack(run.helpers.map(
+        lambda one: lib.clean_masks(lib.decide(one, lib.PLAIN, cfg.first_class)), said))).to(device)
     if evidence is not None:
-        evidence = torch.from_numpy(evidence[:, :, run.cfg.first_class:]).flatten(1, 2).to(device)
-    if targets is not None:  # what stage 2 does not answer it does not learn either
-        ignored = cleaned != 0 if background else data.is_rare[targets.clamp_min(0).int()]
-        targets = torch.where(ignored, -1, targets)
+        evidence = torch.from_numpy(evidence[:, :, cfg.first_class:]).to(device)
+    # what stage 2 does not answer it does not learn either
+    own = cleaned[data.fold_of.clamp_min(0), torch.arange(tiles, device=device)]
+    ignored = own != 0 if background else data.is_rare[data.targets.clamp_min(0).int()]
     # our networks begin with what stage 1 learnt from patches; the published ones begin anew
-    return replace(data, targets=targets, paste=run.cfg.paste if background else 0.0,
-                   cleaned=cleaned, confidence=torch.from_numpy(probs.max(1)).to(device),
-                   evidence=evidence, only_flag=background)
+    return replace(data, targets=torch.where(ignored, -1, data.targets), same_fold=True,
+                   paste=cfg.paste if background else 0.0, cleaned=cleaned,
+                   confidence=torch.from_numpy(said.max(2)).to(device), evidence=evidence,
+                   only_flag=background)
 
 
-def keep_first(run: Run, data: StageInput, before: np.ndarray, probs: np.ndarray) -> np.ndarray:
-    """Return stage 2's probs of its input; as before stay rare classes or, as published, all but
-    background."""
-    if run.cfg.refine == "background":
-        return np.where(data.cleaned.cpu().numpy()[:, None] == 0, probs, before)
-    return lib.keep_classes(before, probs, run.is_rare)
+def keep_first(run: Run, data: StageInput, before: np.ndarray, after: np.ndarray) -> None:
+    """Change what stage 2 said after its input, in place: as before are rare classes or, as
+    published, all that is not background."""
+    def keep(fold: int) -> None:
+        if run.cfg.refine == "background":
+            first = data.cleaned[fold].cpu().numpy()[:, None] != 0
+            np.copyto(after[fold], before[fold], where=first)
+        else:
+            after[fold] = lib.keep_classes(before[fold], after[fold], run.is_rare)
+
+    run.helpers.map(keep, range(len(after)))
 
 
-def score(run: Run, name: str, probs: np.ndarray) -> None:
-    """Note labels, scores and confidence of a step's out-of-fold probs in run, and print them."""
-    labels, scores = lib.score_step(probs, run.data.masks, run.fold_of, run.plan.folds,
-                                    run.cfg.first_class, run.cfg.fit_rare, run.workers.map)
+def conclude(run: Run, name: str, said: np.ndarray) -> None:
+    """Score what each fold said in a step, uint8 (folds, T, C, H, W), and answer for the test set:
+    by the folds' mean; a rare class is elected by those whose answer it is. Note both in run."""
+    data, first_class, folds, n = run.data, run.cfg.first_class, len(said), len(run.data.masks)
+    probs = said[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
+    labels, scores = lib.score_step(probs, data.masks, run.fold_of, folds, first_class,
+                                    run.cfg.fit_rare, run.helpers.map)
+    classes = np.arange(NUM_CLASSES)[:, None, None]
+
+    def answer(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sums = np.zeros((len(tiles), *said.shape[2:]), np.uint16)
+        votes = np.zeros(sums.shape, np.uint8)
+        for one in said:
+            sums += one[tiles]
+            votes += lib.decide(one[tiles], scores["rule"], first_class)[:, None] == classes
+        elected = lib.elect(sums, votes, folds, run.is_rare, first_class)
+        return lib.clean_masks(elected), sums.max(1).mean((1, 2)) / (255 * folds)
+
+    answers = run.helpers.map_parts(answer, np.arange(n, said.shape[1]), 64)
+    answers.append((data.test_images[:0], np.zeros(0)))  # perhaps there are no others
+    tests, sure = map(np.concatenate, zip(*answers, strict=True))
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
+    run.steps.append(Step(name, labels, probs.max(1), tests, sure))
     print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
           f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
-    run.confidence[name], run.labels[name] = probs.max(1), labels  # last: it is whole or not there
 
 
-def refine(run: Run, stages: list, probs: np.ndarray) -> None:
-    """Add the second networks to stages, given the first ones and their out-of-fold probs. What the
-    frames say, and what each step scores, is noted in run.
+def refine(run: Run, first: list[list[lib.UNet]], said: np.ndarray) -> None:
+    """Add the frames' evidence to what the first networks said, in place, and train second ones.
 
-    Ours start from the first networks and correct the common classes alone: they have seen the few
+    Ours start from the first ones and correct the common classes alone: they have seen the few
     images of a rare class so often that a second time only fits those closer.
     """
-    cfg, first = run.cfg, stages[0]
-    if run.place is not None:
-        run.metrics["known_neighbours"] = lib.known_neighbours(run.neighbours, run.fold_of)
-        run.evidence = lib.frame_evidence(probs, run.said, run.data.masks, run.fold_of, run.place,
-                                          run.workers.map)
-        probs = lib.reweigh(probs, run.evidence.known, run.evidence.strengths, cfg.first_class)
-        score(run, "frames", probs)
+    cfg, masks, evidence = run.cfg, run.data.masks, None
+    if run.place is not None and len(said) > 1:  # of one split there are no labels to spare
+        evidence = lib.frame_evidence(masks, run.fold_of, run.place, run.helpers.map)
+        own = run.fold_of, np.arange(len(masks))
+        strength = lib.fit_strength(said[own], evidence[own], masks, run.helpers.map)
+
+        def reweigh(fold: int) -> None:  # in place: 2.6 GB
+            said[fold] = lib.reweigh(said[fold], evidence[fold], strength, cfg.first_class)
+
+        run.helpers.map(reweigh, range(len(said)))
+        conclude(run, "frames", said)
     begun = any(run.state.glob("stage2*"))
     go = begun or run.clock.used() + run.plan.epoch_seconds[1][1] < run.end
     if cfg.stages == 1 or not run.ranks.share({"go": go})["go"]:
         print("no stage 2" + ": the time is up" * (cfg.stages == 2), flush=True)
         return
-    second = second_input(run, run.train, probs, run.evidence and run.evidence.known)
+    second = second_input(run, said, evidence)
     networks = train_stage(run, 2, second, run.end, first if cfg.refine == "correct" else None)
-    probs = keep_first(run, second, probs, out_of_fold(run, networks, second))
-    stages.append(networks)
-    score(run, "stage2", probs)
+    after = predict(run, networks, second)
+    keep_first(run, second, said, after)
+    conclude(run, "stage2", after)
 
 
 # ---------------------------------------------------------------------------------- the whole run
@@ -526,106 +564,66 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     print("\n".join(lib.describe(data)), flush=True)
     devices, why = lib.pick_devices(cfg.device)
     gpus = len(devices) if devices[0].type == "cuda" else 0
-    helpers, neighbours, place = lib.Workers([torch.device("cpu")], cores, 1, clock), None, None
+    helpers, place = lib.Workers([torch.device("cpu")], cores, 1, clock), None
     if cfg.clean:
         lib.clean_data(data, state, cfg.template, cfg.seed, ranks, helpers.map)
     if cfg.frames:
-        neighbours, place = lib.find_frames(data, state, devices[0], ranks, helpers.map)
+        place = lib.find_frames(data, state, devices[0], ranks, helpers.map)
     lib.keep_freed_memory()  # not before: the frames' peak would stay
     is_rare = lib.rare_classes(data.masks)
-    run = Run(cfg, state, clock, ranks, lock, data, is_rare, neighbours, place, helpers)
+    run = Run(cfg, state, clock, ranks, lock, data, is_rare, place,
+              lib.Workers(devices, len(devices)), helpers, fold_of=np.full(len(data.images), -1))
     if ranks.rank == 0 and not (state / "plan.json").exists():  # else it is kept
         dtype, why_dtype = lib.pick_precision(devices[0], cfg.precision)
         print(f"device: {', '.join(map(str, devices))} ({why}); {dtype} ({why_dtype})", flush=True)
-        task = lib.Task(len(data.images), len(data.test_images), *data.images.shape[1:],
-                    float(is_rare[data.masks].any((1, 2)).mean()), place is not None, cores, gpus,
-                    ranks.world)
         run.plan = Plan(str(dtype).removeprefix("torch."))
+        put_on_device(run)
+        task = lib.Task(len(data.images), float(is_rare[data.masks].any((1, 2)).mean()),
+                        *data.images.shape[1:], run.tiles.area, place is not None, cores, gpus,
+                        ranks.world)
         lib.write_json(state / "plan.json", asdict(plan_run(run, devices, task)))
     plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
-    count = min(plan.folds * plan.seeds, gpus or max(1, cores // plan.threads))
+    count = min(plan.folds * plan.seeds, gpus * cfg.streams or max(1, cores // plan.threads))
     run.workers = lib.Workers(devices, count, plan.threads, clock)
     slower = max(1.0, plan.workers / count)  # than the machine that the plan was made on
     run.plan = plan = replace(plan, predict_seconds=plan.predict_seconds * slower)
-    put_on_device(run, plan.margin)
     run.fold_of = lib.make_folds(data.images, data.masks, plan.folds, cfg.seed)
-    print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, margin {plan.margin}"
+    put_on_device(run)
+    print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, around {plan.around}"
           f", {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, {plan.speed:.0f} images"
           f" a second, {max(0, clock.left()) / 60:.1f} minutes left", flush=True)
     return run
-
-
-def answer_part(run: Run, stages: list, frames: lib.Evidence | None, rule,
-                index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels (B, H, W), uint8, of the test images at index, and how sure each is, (B,).
-
-    The networks of a fold answer step by step, each from what the same fold said before; the mean
-    decides; a rare class is elected by the folds whose answer it is, by a rule of lib.decide.
-    """
-    data, first_class = replace(run.tests, images=run.tests.images[index]), run.cfg.first_class
-    sums = np.zeros(run.said[0, index].shape, np.uint16)
-    votes, classes = np.zeros(sums.shape, np.uint8), np.arange(NUM_CLASSES)[:, None, None]
-    for fold, said in enumerate(run.said):
-        probs, evidence = said[index], None
-        if frames:
-            evidence = frames.test[fold][index]
-            probs = lib.reweigh(probs, evidence, frames.strengths, first_class)
-        if len(stages) == 2:
-            second = second_input(run, data, probs, evidence)
-            after = predict(run, stages[1][fold], second, np.arange(len(index)))
-            probs = keep_first(run, second, probs, after)
-        sums += probs
-        votes += lib.decide(probs, rule, first_class)[:, None] == classes
-    labels = lib.elect(sums, votes, len(run.said), run.is_rare, first_class)
-    return lib.clean_masks(labels), sums.max(1).mean((1, 2)) / (255 * len(run.said))
-
-
-def answer_test(run: Run, stages: list, steps: list[str]) -> np.ndarray | None:
-    """Choose the step to submit; return its labels of the test set, uint8 (M, H, W), if any."""
-    best = max(steps, key=lambda name: run.metrics[f"{name}_miou"])
-    frames = None if best == "stage1" else run.evidence
-    needed = stages if best == "stage2" else stages[:1]
-    answers = run.workers.map_parts(
-        lambda part: answer_part(run, needed, frames, run.metrics[f"{best}_rule"], part),
-        np.arange(len(run.tests.images)))
-    labels = None
-    if answers:
-        labels, sure = (np.concatenate(part) for part in zip(*answers, strict=True))
-        run.metrics |= lib.describe_labels(labels, sure, run.data.test_labels)
-    run.metrics["submitted"] = best  # last: now nothing can fail any more
-    return labels
 
 
 def solve(cfg: Config, cores: int = 1) -> dict:
     """Run everything and return the metrics that metrics.json holds; a rank but the first: none."""
     run = open_run(cfg, cores)
     plan, out = run.plan, run.state.parent
-    shape = ("folds", "seeds", "width", "margin", "epochs", "precision")
+    shape = ("folds", "seeds", "width", "around", "epochs", "precision")
     run.metrics |= {"recipe": cfg.recipe, **{name: getattr(plan, name) for name in shape}}
     work = [sum(epoch_seconds(run.cfg, plan, stage, i + 1, epochs) for i in range(epochs))
             for stage, epochs in enumerate(plan.epochs, 1)]
     for_stage_2 = (run.end - run.clock.used()) * work[1] / sum(work)
-    stages = [train_stage(run, 1, run.train, run.end - for_stage_2)]
-    probs = out_of_fold(run, stages[0], run.train)
-    score(run, "stage1", probs)
-    run.said = of_tests(run, stages[0])
+    first = train_stage(run, 1, run.tiles, run.end - for_stage_2)
+    said = predict(run, first, run.tiles)
+    conclude(run, "stage1", said)
     with lib.going_on(run.metrics):
-        refine(run, stages, probs)
+        refine(run, first, said)
     if run.ranks.rank:
         return {}
-    with lib.going_on(run.metrics):
-        steps = list(run.labels)  # the published system submits the last one
-        labels = answer_test(run, stages, steps if cfg.refine == "correct" else steps[-1:])
-    if "submitted" not in run.metrics:
-        labels = answer_test(run, stages, ["stage1"])
-    if labels is not None:
-        lib.submit(out / "submission.csv", labels, cfg.first_class)
+    best = max(run.steps, key=lambda step: run.metrics[f"{step.name}_miou"])
+    best = best if cfg.refine == "correct" else run.steps[-1]  # as published
+    run.metrics["submitted"] = best.name
+    if len(best.tests):
+        run.metrics |= lib.describe_labels(best.tests, best.sure, run.data.test_labels)
+        lib.submit(out / "submission.csv", best.tests, cfg.first_class)
     run.metrics["minutes"] = round(run.clock.used() / 60, 2)
     with lib.going_on(run.metrics):
-        facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]), "device": run.device,
+        facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]),
                  **lib.fingerprint(run.data), **asdict(run.cfg), **asdict(plan)}
-        lib.write_report(out, run.metrics, run.histories, facts, run.data, run.fold_of >= 0,
-                         run.labels, run.confidence[run.metrics["submitted"]], run.place, labels)
+        labels = {step.name: step.labels for step in run.steps}
+        lib.write_report(out, run.metrics, run.histories, facts, run.data, run.fold_of >= 0, labels,
+                         best.confidence, run.place, best.tests)
     lib.write_json(out / "metrics.json", run.metrics)
     for file in sorted(out.glob("*.*")):
         print(f"written: {file}")

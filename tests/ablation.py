@@ -90,22 +90,31 @@ def compare_places(cfg: solve.Config, cores: int) -> dict[str, float]:
     if not (Path(cfg.out).expanduser() / "state" / "stage1_fold0.pt").exists():
         raise lib.UserError(f"--out {cfg.out} holds no run; solve.py trains one")
     run = solve.open_run(cfg, cores)
-    if run.place is None:
-        raise lib.UserError(f"{run.state.parent}: no frames")
-    first = first_networks(run)
-    probs = solve.out_of_fold(run, first, run.train)
-    tests = solve.of_tests(run, first)
+    if run.place is None or run.plan.folds < 2:
+        raise lib.UserError(f"{run.state.parent}: no frames, or one fold alone")
+    said = solve.predict(run, first_networks(run), run.tiles)
+    masks, fold_of = run.data.masks, run.fold_of
+    own = fold_of, np.arange(len(masks))  # what is said of a tile by those who never saw its label
+    probs, scores = said[own], {}
+
+    def note(name: str, probs: np.ndarray) -> None:
+        found = lib.score_step(probs, masks, fold_of, run.plan.folds, cfg.first_class, cfg.fit_rare,
+                               run.helpers.map)[1]
+        scores[name] = found["miou"]
+        print(f"{name}: {found['miou']:.4f} ± {found['fold_std']:.4f}", flush=True)
+
     rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)
     places = {"with frames": true}
     for draw in range(3):
         shuffled = true.copy()
         shuffled[:, placed] = true[:, rng.permutation(placed)]
         places[f"at random places, draw {draw}"] = shuffled
-    solve.score(run, "stage 1", probs)
+    note("stage 1", probs)
     for name, place in places.items():
-        evidence = lib.frame_evidence(probs, tests, run.data.masks, run.fold_of, place, run.workers.map)
-        solve.score(run, name, lib.reweigh(probs, evidence.known, evidence.strengths, cfg.first_class))
-    return {name: run.metrics[f"{name}_miou"] for name in ("stage 1", *places)}
+        evidence = lib.frame_evidence(masks, fold_of, place, run.helpers.map)[own]
+        strength = lib.fit_strength(probs, evidence, masks, run.helpers.map)
+        note(name, lib.reweigh(probs, evidence, strength, cfg.first_class))
+    return scores
 
 
 def main(argv: list[str]) -> dict:

@@ -64,6 +64,19 @@ def batch_size(run: solve.Run) -> int:
     return solve.batch_size(run.cfg, len(run.data.images))
 
 
+def repeated(run: solve.Run, count: int) -> lib.StageInput:
+    """Return so many training tiles, the first ones again and again, each in a frame of its own."""
+    index = torch.arange(count, device=run.workers.devices[0]) % len(run.data.images)
+    return dataclasses.replace(
+        run.tiles, frames=lib.Frames.lay_out(None, count).to(index.device), images=run.tiles.images[index],
+        targets=run.tiles.targets[index], fold_of=torch.full_like(index, -1))
+
+
+def new_network(run: solve.Run, device: torch.device) -> lib.TrainingState:
+    """Return a network of stage 1 on a device of the run."""
+    return solve.new_network(run, 1, [*dict.fromkeys(run.workers.devices)].index(device))
+
+
 def with_width(run: solve.Run, width: int) -> solve.Run:
     """Return the run with networks of that width."""
     return dataclasses.replace(run, plan=dataclasses.replace(run.plan, width=width))
@@ -106,16 +119,17 @@ class Tiles(torch.utils.data.Dataset):
 def usual_pipeline(run: solve.Run, cores: int):
     """Return a function that trains STEPS batches the usual way, and returns its start-up seconds."""
     tiles = Tiles(run.data.images, run.data.masks.astype(np.uint8))
-    model = lib.UNet(1, lib.NUM_CLASSES, run.plan.width).to(run.device)
+    device = run.workers.devices[0]
+    model = lib.UNet(1, lib.NUM_CLASSES, run.plan.width).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
 
     def work() -> float:
         torch.set_num_threads(cores)
         start = time.perf_counter()
         loader = iter(torch.utils.data.DataLoader(
-            tiles, batch_size(run), shuffle=True, num_workers=2, pin_memory=run.device.type == "cuda"))
+            tiles, batch_size(run), shuffle=True, num_workers=2, pin_memory=device.type == "cuda"))
         for step in range(STEPS + 1):
-            x, y = (part.to(run.device) for part in next(loader))
+            x, y = (part.to(device) for part in next(loader))
             if step == 0:
                 waited = time.perf_counter() - start
             loss = F.cross_entropy(model(x)[0], y)
@@ -131,11 +145,10 @@ def usual_pipeline(run: solve.Run, cores: int):
 
 def bare_network(run: solve.Run, device: torch.device):
     """Return a function that trains the network STEPS times on one resident batch, with one loss."""
-    network, data, size = solve.new_network(run, 1, 0), run.train.to(device), batch_size(run)
-    network.to(device)
+    network, size = new_network(run, device), batch_size(run)
     model, optimizer = network.model.train(), network.optimizer
-    x = data.batch(slice(0, size), run.cfg.first_class).contiguous(memory_format=torch.channels_last)
-    y = data.targets[:size].long() - 1
+    x, y = repeated(run, size).to(device).windows(torch.arange(size, device=device), run.cfg.first_class)
+    x, y = x.contiguous(memory_format=torch.channels_last), (y.long() - 1).clamp_min(-1)
 
     def work() -> None:
         for _ in range(STEPS):
@@ -152,44 +165,48 @@ def bare_network(run: solve.Run, device: torch.device):
 def engine(data: lib.StageInput, steps: int | None = STEPS):
     """Return what side_by_side makes functions of that train for so many steps of an epoch on data."""
     def make(run: solve.Run, device: torch.device):
-        network, own = solve.new_network(run, 1, 0), data.to(device)
-        network.to(device)
+        network, own = new_network(run, device), data.to(device)
         index = torch.arange(len(own.images), device=device)
         return lambda: solve.train_one_epoch(run, network, own, index, (1, 0, 1), steps)
 
     return make
 
 
-def prediction(run: solve.Run, device: torch.device):
-    """Return a function that predicts as many images as STEPS training steps see."""
-    model, data = solve.new_network(run, 1, 0).ema.model.to(device).eval(), run.train.to(device)
-    index = np.arange(STEPS * batch_size(run)) % len(data.images)
-    return lambda: solve.predict(run, [model], data, index)
+def prediction(run: solve.Run):
+    """Return a function that predicts as many images a worker as STEPS training steps see."""
+    model = new_network(run, run.workers.devices[0]).ema.model.eval()
+    data, workers = repeated(run, STEPS * batch_size(run)), len(run.workers.devices)
+
+    def work() -> None:
+        solve.predict(run, [[model]] * workers, data)  # as if each worker had a fold of its own
+
+    return work
 
 
 def measure_speed(run: solve.Run, cores: int) -> None:
     """Print the training and prediction speed, beside the bare network, one worker with all threads, the
     usual pipeline, and the bound that the arithmetic sets."""
     count, workers = STEPS * batch_size(run), len(run.workers.devices)
-    works = {"engine": side_by_side(run, engine(run.train)), "bare": side_by_side(run, bare_network),
-             "predict": side_by_side(run, prediction)}
+    data = repeated(run, len(run.data.images))
+    works = {"engine": side_by_side(run, engine(data)), "bare": side_by_side(run, bare_network),
+             "predict": prediction(run)}
     images = dict.fromkeys(works, workers * count)
     if workers > 1:
-        alone = dataclasses.replace(run, workers=lib.Workers([run.device], 1, cores))
-        works["alone"], images["alone"] = side_by_side(alone, engine(run.train)), count
+        alone = dataclasses.replace(run, workers=lib.Workers([run.workers.devices[0]], 1, cores))
+        works["alone"], images["alone"] = side_by_side(alone, engine(data)), count
     try:
         works["usual"], images["usual"] = usual_pipeline(run, cores), count
     except ImportError:
         print("albumentations is not there: the usual pipeline is left out", flush=True)
     taken = zip(works, seconds(run, *works.values()), strict=True)
     speed = {name: images[name] / took for name, took in taken}
-    model = solve.new_network(run, 1, 0).model
+    model = new_network(run, run.workers.devices[0]).model
     size = sum(p.numel() for p in model.parameters()) / 1e6
     row(f"width {run.plan.width} ({size:.2f} M), {workers} workers × {run.workers.threads} threads: training",
         speed["engine"], "images/s")
     row("... of the bare network's on one resident batch", speed["engine"] / speed["bare"], "", "≥ 0.90")
     if "alone" in works:
-        row("... against one worker with all threads, or one GPU", speed["engine"] / speed["alone"], "×")
+        row("... against one worker with all threads, or one on a GPU", speed["engine"] / speed["alone"], "×")
     if "usual" in works:
         row("... against the usual pipeline", speed["engine"] / speed["usual"], "×", "≥ 3; GPU ≥ 5")
     row("... prediction with flips against training", speed["predict"] / speed["engine"], "×", "≥ 2.5")
@@ -201,7 +218,7 @@ def measure_speed(run: solve.Run, cores: int) -> None:
 
 def flops(run: solve.Run, model: torch.nn.Module) -> tuple[float, float]:
     """Return the floating-point operations an image of the forward pass, and of a training step."""
-    x = run.train.batch(slice(0, 2), run.cfg.first_class)
+    x = repeated(run, 2).windows(torch.arange(2, device=run.workers.devices[0]), run.cfg.first_class)[0]
     with FlopCounterMode(display=False) as counter:
         out = model.train()(x)
         forward = counter.get_total_flops()
@@ -226,18 +243,18 @@ def measure_growth(run: solve.Run) -> None:
     """Print the time per image of epochs of 500 to 10,000 images, and of networks of 8 to 32 channels."""
     workers, times, costs = len(run.workers.devices), {}, []
     for count in (500, 2000, 10000):
-        index = torch.arange(count, device=run.device) % len(run.data.images)
-        data = dataclasses.replace(run.train, images=run.train.images[index],
-                                   targets=run.train.targets[index])
-        shown = count + int(data.holds_rare.sum()) * (run.cfg.rare_repeat - 1)
+        data = repeated(run, count)
+        rare = data.holds_rare(torch.arange(count, device=run.workers.devices[0]))
+        shown = count + int(rare.sum()) * (run.cfg.rare_repeat - 1)
         work = side_by_side(with_width(run, 8), engine(data, None))
         times[count] = seconds(run, work)[0] / (shown * workers)
         row(f"width 8, an epoch of {count:,} images, time per image", 1e3 * times[count], "ms")
     row("... the slowest against the fastest", max(times.values()) / min(times.values()), "×", "≤ 1.15")
+    data = repeated(run, len(run.data.images))
     for width in (8, 16, 24, 32):
         wide = with_width(run, width)
-        took = seconds(wide, side_by_side(wide, engine(run.train)))[0] / (STEPS * batch_size(run) * workers)
-        costs.append((flops(wide, solve.new_network(wide, 1, 0).model)[1], took))
+        took = seconds(wide, side_by_side(wide, engine(data)))[0] / (STEPS * batch_size(run) * workers)
+        costs.append((flops(wide, new_network(wide, wide.workers.devices[0]).model)[1], took))
         row(f"width {width}: {costs[-1][0] / 1e9:.2f} GFLOP an image and step", 1e-9 * costs[-1][0] / took,
             "GFLOP/s")
     slope = np.polyfit(*np.log(costs).T, 1)[0]

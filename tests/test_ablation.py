@@ -10,6 +10,7 @@ from test_frames import cut_frames
 from test_solve import start
 
 import lib
+import solve
 
 
 @pytest.mark.parametrize("folds", [1, 3])
@@ -58,23 +59,31 @@ def argv(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def metrics(argv):
-    """What the script returned of its own run."""
-    return ablation.main(["--group-frames", *argv])
+def measured(argv):
+    """What the script returned of its own run, and that run as it was scored."""
+    runs, conclude = [], solve.conclude
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solve, "conclude", lambda run, *rest: runs.append(run) or conclude(run, *rest))
+        return ablation.main(["--group-frames", *argv]), runs[0]
 
 
-def test_no_label_of_a_validated_frame_is_known(argv, metrics):
-    """The run of whole frames ends like any other, scored and written; of a validated tile's neighbours no
-    label may be seen, of a test tile's some; and the folds of other runs are left as they were."""
-    file = argv[argv.index("--out") + 1] + "/metrics.json"
-    with open(file) as f:
+def test_no_label_of_a_validated_frame_is_known(argv, measured):
+    """The run of whole frames ends like any other, scored and written; the frames say nothing of a validated
+    tile, whose neighbours' labels are all hidden, and something of it to the other fold; and the folds of
+    other runs are left as they were."""
+    metrics, run = measured
+    with open(argv[argv.index("--out") + 1] + "/metrics.json") as f:
         assert json.load(f)["frames_miou"] == metrics["frames_miou"]
-    shares = metrics["known_neighbours"]
-    assert shares["validation"] == 0 < shares["test"]
+    n, frame = len(run.fold_of), run.place[0, :60]
+    assert n == 60 and set(run.fold_of) == {0, 1} and (frame >= 0).sum() > 40
+    assert all(len(set(run.fold_of[frame == one])) == 1 for one in set(frame[frame >= 0]))
+    evidence = lib.frame_evidence(run.data.masks, run.fold_of, run.place)
+    np.testing.assert_allclose(evidence[run.fold_of, np.arange(n)], 0, atol=1e-3)
+    assert np.abs(evidence[1 - run.fold_of, np.arange(n)])[frame >= 0].max((1, 2, 3)).min() > 0.01
     assert lib.make_folds is ablation.folds_of_images
 
 
-def test_no_other_run_goes_on_with_it(argv, metrics):
+def test_no_other_run_goes_on_with_it(argv, measured):
     """solve.py with the same flags is refused: its folds would score networks on what they were taught."""
     status, _, err = start(argv)
     assert status == 2 and "group_frames = True" in err

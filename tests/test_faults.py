@@ -307,11 +307,12 @@ def test_60_a_submission_whatever_fails_in_stage_2(argv, inject, error):
     degraded(argv, "out of memory" if error is MEMORY else str(error), "submitted: stage1")
 
 
-@pytest.mark.parametrize("name", ["refine", "second_input", "answer_test", "answer_part"])
-def test_60_a_mistyped_name(argv, monkeypatch, name):
+@pytest.mark.parametrize("name,call", [("refine", 1), ("second_input", 1), ("predict", 2), ("keep_first", 1),
+                                       ("conclude", 2)])
+def test_60_a_mistyped_name(argv, monkeypatch, name, call):
     """A NameError in any part of what follows stage 1: a traceback, status 3, and stage 1 is submitted."""
     error = NameError("name 'evidnece' is not defined")
-    monkeypatch.setattr(solve, name, failing(getattr(solve, name), error, 1))
+    monkeypatch.setattr(solve, name, failing(getattr(solve, name), error, call))
     metrics = degraded(argv, "NameError: name 'evidnece' is not defined")
     assert metrics["submitted"] == "stage1"
     monkeypatch.undo()
@@ -367,9 +368,9 @@ def test_35_gpu_asked_for_and_not_there():
 
 PHASES = {"cleaning": ("find_outliers", "lib"), "frames": ("assemble_frames", "lib"),
           "plan": ("measure_speed", "solve"), "stage 1": ("train_one_epoch", "solve"),
-          "out of fold": ("out_of_fold", "solve"), "frames' evidence": ("frame_evidence", "lib"),
-          "stage 2": ("second_input", "solve"), "test set": ("answer_part", "solve"),
-          "report": ("write_report", "lib")}
+          "prediction": ("predict", "solve"), "out of fold": ("score_step", "lib"),
+          "frames' evidence": ("frame_evidence", "lib"), "stage 2": ("second_input", "solve"),
+          "test set": ("submit", "lib"), "report": ("write_report", "lib")}
 SLOW = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -529,7 +530,13 @@ def test_42_another_version(tmp_path):
 def test_43_44_45_what_a_checkpoint_holds(argv, monkeypatch):
     """Plain values and tensors that weights_only takes; no prefix of a wrapper; the plateau's state."""
     monkeypatch.setattr(lib, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(solve, "validate", failing(solve.validate, KeyboardInterrupt(), 2))
+
+    def validate(run, network, *rest, real=solve.validate):
+        if network.history:  # in the second epoch
+            raise KeyboardInterrupt
+        return real(run, network, *rest)
+
+    monkeypatch.setattr(solve, "validate", validate)
     assert start(argv)[0] == 130
     state = lib.load_checkpoint(argv[3] / "state" / "stage1_fold0.pt")
     assert state["scheduler"]["num_bad_epochs"] is not None and not state["finished"]

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_augmentation import assert_together
+from test_frames import cut_frames
 from test_metric import keras_mean_iou
 from test_solve import FAST
 
@@ -132,11 +133,11 @@ def test_a_network_never_sees_its_fold(tmp_path, write_npz, fold):
     run = solve.open_run(solve.parse(list(map(str, argv))))
 
     def weights(changed):
-        images, targets, gen = run.train.images.clone(), run.train.targets.clone(), lib.generator(CPU, 9)
+        images, targets, gen = run.tiles.images.clone(), run.tiles.targets.clone(), lib.generator(CPU, 9)
         where = torch.from_numpy(np.flatnonzero(run.fold_of == changed))
         images[where] = torch.randint(256, images[where].shape, generator=gen).to(torch.uint8)
         targets[where] = torch.randint(5, targets[where].shape, generator=gen).to(torch.int8)
-        data = dataclasses.replace(run.train, images=images, targets=targets, paste=1.0)
+        data = dataclasses.replace(run.tiles, images=images, targets=targets, paste=1.0)
         network = solve.new_network(run, 1, fold)
         index = torch.from_numpy(np.flatnonzero(run.fold_of != fold))
         solve.train_one_epoch(run, network, data, index, (1, fold, 1))
@@ -144,6 +145,76 @@ def test_a_network_never_sees_its_fold(tmp_path, write_npz, fold):
 
     assert torch.equal(weights(-1), weights(fold))  # -1: of no fold, nothing is changed
     assert not torch.equal(weights(-1), weights(1 - fold))
+
+
+@pytest.fixture(scope="module")
+def framed(tmp_path_factory):
+    """A run opened on tiles that are put back together: three folds, windows that reach over other tiles."""
+    images, _ = cut_frames(6, 3, 2, 32, 64)
+    masks, folder = (1 + (images > 90) + (images > 130)).astype(np.uint8), tmp_path_factory.mktemp("framed")
+    masks[::5, 10:14, 20:24] = 4  # a rare class, whose patches are pasted
+    np.savez(folder / "mars.npz", training_set=np.stack([images[:26], masks[:26]], 1), test_set=images[26:])
+    argv = ["--data", folder / "mars.npz", "--out", folder / "out", *FAST, "--paste", "1", "--epochs", "1",
+            "--folds", "3"]
+    run = solve.open_run(solve.parse(list(map(str, argv))))
+    assert run.plan.around == 16 and run.is_rare[4] and (run.place[0] >= 0).mean() > 0.8
+    return run
+
+
+class Ends(Exception):
+    """What was looked for has been seen."""
+
+
+def first_two_stages(run, state, changed):
+    """Return what each fold says after stage 1 and stage 2's input, the pixels of one fold's labels shuffled.
+
+    All that a score would choose is given: one epoch, whose weights are the best, and the strength 1.
+    """
+    state.mkdir()
+    masks, own = run.data.masks.copy(), run.fold_of == changed
+    masks[own] = np.random.default_rng(0).permutation(masks[own].ravel()).reshape(masks[own].shape)
+    run = dataclasses.replace(run, state=state, data=dataclasses.replace(run.data, masks=masks),
+                              metrics={}, histories={}, steps=[])
+    solve.put_on_device(run)
+    first = solve.train_stage(run, 1, run.tiles, run.end)
+    said, given, real = solve.predict(run, first, run.tiles), [], solve.second_input
+
+    def seen(*args):
+        given.append(real(*args))
+        raise Ends
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Ends):
+        patch.setattr(lib, "fit_strength", lambda *_: 1.0)
+        patch.setattr(solve, "second_input", seen)
+        solve.refine(run, first, said.copy())
+    return said, given[0]
+
+
+@pytest.fixture(scope="module")
+def untouched(framed, tmp_path_factory):
+    """The same with all labels as they are."""
+    return first_two_stages(framed, tmp_path_factory.mktemp("untouched") / "state", -1)
+
+
+@pytest.mark.parametrize("fold", [0, 1, 2])
+def test_no_label_of_a_fold_reaches_what_it_is_scored_on(framed, untouched, tmp_path, fold):
+    """With the labels of its fold replaced by noise network k says the same after stage 1, bit by bit, though
+    windows reach over the fold's tiles; so are the cleaned masks, confidences and evidence that stage 2's
+    network k is validated and asked with, and the labels it learns. Other folds' views do change."""
+    own, rest = (torch.from_numpy(np.flatnonzero(chosen))
+                 for chosen in (framed.fold_of == fold, framed.fold_of != fold))
+    over = framed.tiles.windows(rest, 1, -9, lib.generator(CPU, 3))[1]
+    assert (over >= 0).sum() > (framed.tiles.windows(rest, 1, fold, lib.generator(CPU, 3))[1] >= 0).sum()
+    (said, second), (said_before, before) = first_two_stages(framed, tmp_path / "state", fold), untouched
+    np.testing.assert_array_equal(said[fold], said_before[fold])
+    for name in ("cleaned", "confidence", "evidence"):
+        views, views_before = getattr(second, name), getattr(before, name)
+        assert torch.equal(views[fold], views_before[fold])
+        assert all(not torch.equal(views[k], views_before[k]) for k in range(3) if k != fold), name
+    assert torch.equal(second.windows(own, 1)[0], before.windows(own, 1)[0])
+    assert not torch.equal(second.windows(own, 1)[1], before.windows(own, 1)[1])
+    learnt, learnt_before = (x.windows(rest, 1, fold, lib.generator(CPU, 4))[1] for x in (second, before))
+    assert torch.equal(learnt, learnt_before)
 
 
 # ------------------------------------------------------------------------------ the CSV

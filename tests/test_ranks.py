@@ -110,7 +110,7 @@ def alone(tmp_path_factory, data):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Tiles large enough for images of half the side, and for the pixels around them."""
+    """Tiles large enough for images of half the side."""
     file = tmp_path_factory.mktemp("large") / "mars.npz"
     np.savez(file, **tiny_arrays(24, 6, 64, 64))
     return file

@@ -23,7 +23,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, tiny_arrays
 from test_frames import cut_frames
 from test_metric import keras_mean_iou
@@ -466,63 +465,93 @@ def test_no_network_is_trained_or_started_on_its_own_fold(tmp_path, monkeypatch)
         assert all(torch.equal(value, best[name]) for name, value in parents[2, fold].items())
 
 
-def two_test_images(monkeypatch, said):
-    """A run whose answer to two test images can be asked for, given what each fold's stage 1 said, and the
-    sums of probabilities it elects by."""
-    tiles, sums = torch.zeros(2, 4, 4, dtype=torch.uint8), []
-    real = lib.elect
-    monkeypatch.setattr(lib, "elect", lambda *args: sums.append(args[0]) or real(*args))
-    data = SimpleNamespace(masks=tiles)
-    return SimpleNamespace(tests=lib.StageInput(tiles, 0.0, 1.0), cfg=solve.Config(), data=data,
-                           is_rare=np.arange(5) == 4, said=np.stack(said)), sums
+def concluding(said, fold_of, **more):
+    """A run whose last two tiles are of the test set, the others all soil, after a step in which each fold
+    said this."""
+    n = len(fold_of)
+    data = SimpleNamespace(masks=np.ones((n, 4, 4), np.uint8), test_images=np.zeros((2, 4, 4), np.uint8))
+    run = SimpleNamespace(cfg=solve.Config(), data=data, is_rare=np.arange(5) == 4, fold_of=np.array(fold_of),
+                          helpers=lib.Workers([torch.device("cpu")], 2), metrics={}, steps=[], **more)
+    solve.conclude(run, "step", said)
+    return run
 
 
 def test_sums_of_folds_do_not_overflow(monkeypatch):
     """Three folds of 200/255 are 600, with any NumPy: a byte would hold 88; and they are as sure as one."""
-    run, sums = two_test_images(monkeypatch, [np.full((2, 5, 4, 4), 200, np.uint8)] * 3)
-    _, sure = solve.answer_part(run, [[[None]] * 3], None, lib.PLAIN, np.arange(2))
-    assert sums[0].dtype == np.uint16 and (sums[0] == 600).all()
-    np.testing.assert_allclose(sure, 200 / 255)
+    real, sums = lib.elect, []
+    monkeypatch.setattr(lib, "elect", lambda *args: sums.append(args[0]) or real(*args))
+    (step,) = concluding(np.full((3, 5, 5, 4, 4), 200, np.uint8), [0, 1, 2]).steps
+    assert sums[0].dtype == np.uint16 and sums[0].shape == (2, 5, 4, 4) and (sums[0] == 600).all()
+    np.testing.assert_allclose(step.sure, [200 / 255] * 2)
 
 
-def test_stage_2_leaves_rare_classes_as_they_were(run, monkeypatch):
-    """Of the rock, its only rare class, a second network says nothing, whatever it sees; on the test set the
-    sums over folds hold stage 1's probability of rock, and the rest as stage 2 shares it out."""
+def test_a_tile_is_scored_by_its_fold_and_a_test_tile_answered_by_all(capsys):
+    """Two folds: of the training tiles, all soil, the right half of those that the own fold says are counted,
+    whatever the other says; of the test tiles the mean decides, and a rock needs both."""
+    said = np.zeros((2, 6, 5, 4, 4), np.uint8)
+    said[0, [0, 1], 1] = said[1, 2, 1] = said[1, 3, 2] = 250  # the own folds: soil thrice, bedrock once
+    said[1, [0, 1], 3] = said[0, [2, 3], 3] = 255             # the others: sand
+    said[0, 4, 2], said[1, 4, 3], said[1, 4, 2] = 100, 150, 60  # of the mean 160 are bedrock, 150 sand
+    said[0, 5, 4], said[1, 5, 4], said[0, 5, 1], said[1, 5, 1] = 255, 20, 0, 235  # one rock, one soil
+    run = concluding(said, [0, 0, 1, 1])
+    (step,) = run.steps
+    assert step.name == "step" and (step.labels == np.array([1, 1, 1, 2])[:, None, None]).all()
+    assert (step.confidence == 250).all()
+    assert (step.tests == np.array([2, 1])[:, None, None]).all()
+    np.testing.assert_allclose(step.sure, np.array([160, 275]) / 510)
+    assert run.metrics["step_iou"][1:3] == [0.75, 0.0] and run.metrics["step_fold_miou"] == [1.0, 0.25]
+    assert "step out of fold: 0.3750" in capsys.readouterr().out
+
+
+def test_stage_2_leaves_rare_classes_as_they_were(run):
+    """Of the rock, its only rare class, a second network says nothing, whatever it sees; what is answered
+    holds stage 1's probability of rock, and the rest as stage 2 shares it out."""
     for fold in (0, 1):
         model = lib.UNet(6, 4, 4, 3, 2, context=True)
         model.load_state_dict(lib.load_checkpoint(run[0] / "state" / f"stage2_fold{fold}.pt")["best"])
         with torch.inference_mode():
             probs = model.eval()(torch.randn(8, 6, 32, 64))[0].softmax(1)
         assert probs[:, 3].max() < 1e-3 < probs[:, :3].amax((0, 2, 3)).min()
-    probs = 255 * np.random.default_rng(0).dirichlet(np.ones(4), (2, 2, 4, 4))  # of two stages, two images
-    first, second = np.pad(probs, [(0, 0)] * 4 + [(1, 0)]).round().astype(np.uint8).transpose(0, 1, 4, 2, 3)
-    monkeypatch.setattr(solve, "predict", lambda run, models, *_: models[0])
-    fake, sums = two_test_images(monkeypatch, [first] * 2)
-    solve.answer_part(fake, [[[None]] * 2, [[second]] * 2], None, lib.PLAIN, np.arange(2))
-    np.testing.assert_array_equal(sums[0][:, 4], 2 * first[:, 4].astype(int))
-    share = (255.0 - first[:, 4:]) / second[:, 1:4].sum(1, keepdims=True)
-    np.testing.assert_allclose(sums[0][:, 1:4], 2 * share * second[:, 1:4], atol=1.01)
+    probs = 255 * np.random.default_rng(0).dirichlet(np.ones(4), (2, 3, 2, 4, 4))  # stages, folds, two tiles
+    probs = np.pad(probs, [(0, 0)] * 5 + [(1, 0)]).round().astype(np.uint8)
+    first, second = probs.transpose(0, 1, 2, 5, 3, 4)
+    fake = SimpleNamespace(cfg=solve.Config(), is_rare=np.arange(5) == 4,
+                           helpers=lib.Workers([torch.device("cpu")], 2))
+    kept = second.copy()
+    solve.keep_first(fake, None, first, kept)
+    np.testing.assert_array_equal(kept[:, :, 4], first[:, :, 4])
+    share = (255.0 - first[:, :, 4:]) / second[:, :, 1:4].sum(2, keepdims=True)
+    np.testing.assert_allclose(kept[:, :, 1:4], share * second[:, :, 1:4], atol=0.51)
+
+
+def test_the_published_stage_2_fills_in_background_alone():
+    """Where a fold's view of the cleaned mask was background its second answer counts, else its first."""
+    cleaned = torch.tensor([[0, 3], [2, 0]], dtype=torch.uint8)[:, None, None]  # two folds, one tile of 1 × 2
+    first, second = (np.full((2, 1, 5, 1, 2), value, np.uint8) for value in (10, 20))
+    fake = SimpleNamespace(cfg=solve.parse(["--recipe", "paper"]),
+                           helpers=lib.Workers([torch.device("cpu")], 2))
+    solve.keep_first(fake, SimpleNamespace(cleaned=cleaned), first, second)
+    assert (second == np.array([[20, 10], [10, 20]])[:, None, None, None]).all()
 
 
 def test_a_second_stage_in_vain_is_dropped(tmp_path, run, monkeypatch):
-    """Where stage 2 is worse out of fold the submission is stage 1's, and nothing asks stage 2 of the test
-    set; the report still shows both."""
-    real, asked = solve.score, []
+    """Where stage 2 is worse out of fold the submission is stage 1's; the report still shows both."""
+    real, steps = solve.conclude, []
 
-    def worse(run, *rest):
-        real(run, *rest)
-        run.metrics["stage2_miou"] = -1.0
+    def worse(run, name, said):
+        real(run, name, said)
+        if name == "stage2":
+            run.metrics["stage2_miou"] = -1.0
+        steps[:] = run.steps
 
-    def watched(run, networks, *rest, answer=solve.answer_part):
-        asked.append(len(networks))
-        return answer(run, networks, *rest)
-
-    monkeypatch.setattr(solve, "score", worse)
-    monkeypatch.setattr(solve, "answer_part", watched)
+    monkeypatch.setattr(solve, "conclude", worse)
     out = shutil.copytree(run[0], tmp_path / "out")
     assert start(["--data", write(tmp_path), "--out", out, *FAST])[0] == 0
-    metrics = strict_json(out / "metrics.json")
-    assert metrics["submitted"] == "stage1" and set(asked) == {1}
+    assert strict_json(out / "metrics.json")["submitted"] == "stage1"
+    assert [step.name for step in steps] == ["stage1", "stage2"]
+    submitted = lib.check_submission(out / "submission.csv", 6, 32 * 64)
+    np.testing.assert_array_equal(submitted, steps[0].tests.reshape(6, -1))
+    assert not np.array_equal(steps[0].tests, steps[1].tests)
     assert "stage2" in (out / "report.html").read_text()
 
 
@@ -869,18 +898,30 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     """--paste 1 changes images of stage 1; stage 2's, which carry a prior, come as they are or mirrored."""
     run = opened(tmp_path, write_npz, tiny, "--paste", "1")
     run.cfg = dataclasses.replace(run.cfg, geometric=(), light=0.0)  # what else changes every image
-    every = torch.arange(len(run.train.images))
-    donors = every[(run.train.targets == 4).flatten(1).any(1)]
-    assert run.train.paste == 1.0  # no small images: so small they are themselves
-    probs, changed = np.full((len(every), 5, *run.train.images.shape[1:]), 51, np.uint8), []
-    for data in run.train, solve.second_input(run, run.train, probs, None):
-        x, y = solve.training_batch(run, data, every, donors, torch.Generator().manual_seed(0))
-        plain = data.batch(every, 1)[:, :1]
+    every = torch.arange(len(run.data.images))
+    donors = every[run.tiles.holds_rare(every)]
+    assert donors.tolist() == list(range(0, 24, 4))
+    assert run.tiles.paste == 1.0  # no small images: so small they are themselves
+    said, changed = np.full((2, 30, 5, 32, 64), 51, np.uint8), []
+    for data in run.tiles, solve.second_input(run, said, None):
+        gen = torch.Generator().manual_seed(0)
+        x, y = solve.training_batch(run, data, 5, every, donors, gen)  # there is no fold 5
+        plain, masks = data.windows(every, 1)
         same = [any(torch.equal(x[i, :1], image) and torch.equal(y[i], mask)
                     for image, mask in [(p, m), (p.flip(-1), m.flip(-1))])
-                for i, (p, m) in enumerate(zip(plain, data.targets, strict=True))]
+                for i, (p, m) in enumerate(zip(plain[:, :1], masks, strict=True))]
         changed.append(len(same) - sum(same))
     assert changed[0] > len(every) // 2 and changed[1] == 0
+
+
+def test_a_fold_is_asked_of_its_own_tiles_and_the_test_set(tmp_path, tiny, write_npz):
+    """Of tiles alone: probabilities that make up 255 where a fold answers, 0 for the other fold's tiles."""
+    run = opened(tmp_path, write_npz, tiny)
+    models = [[solve.new_network(run, 1, fold).ema.model.eval()] for fold in (0, 1)]
+    sums = solve.predict(run, models, run.tiles).astype(int).sum(2)
+    for fold in (0, 1):
+        asked = np.append(run.fold_of == fold, [True] * 6)
+        assert (np.abs(sums[fold, asked] - 255) <= 2).all() and (sums[fold, ~asked] == 0).all()
 
 
 def test_stage_1_begins_on_small_images(tmp_path, tiny, write_npz, monkeypatch):
@@ -924,58 +965,138 @@ def test_the_rate_has_fallen_when_the_time_is_up(write_npz, tiny, tmp_path, monk
     monkeypatch.setattr(solve, "train_one_epoch", train)
     monkeypatch.setattr(solve, "validate", validate)
     monkeypatch.setattr(solve.time, "monotonic", lambda: now[0])
-    solve.train_stage(run, 1, run.train, 34.0)
+    solve.train_stage(run, 1, run.tiles, 34.0)
     assert [len(history) for history in run.histories.values()] == [epochs] * 2 and now[0] <= 34.0
     for history in run.histories.values():
         assert history[-1]["lr"] == pytest.approx(run.cfg.lr / (run.cfg.cooldown * epochs))
 
 
-def test_networks_see_around_their_tile(tmp_path, monkeypatch):
-    """Where frames are found a run of both stages sees each tile with a margin of its neighbours' pixels, on
-    which nothing is labelled and for which nothing is submitted; Config.surroundings turns it off."""
+@pytest.fixture(scope="module")
+def framed(tmp_path_factory):
+    """A run of both stages on tiles that are put back together: (the Run, what each stage's networks said,
+    what was printed, the tiles, their masks)."""
     images, _ = cut_frames(6, 3, 2, 64, 128)
     masks = (1 + (images > 110)).astype(np.uint8)
-    file = write(tmp_path, training_set=np.stack([images[:24], masks[:24]], 1), test_set=images[24:],
+    folder, seen, real = tmp_path_factory.mktemp("framed"), [], solve.predict
+    file = write(folder, training_set=np.stack([images[:24], masks[:24]], 1), test_set=images[24:],
                  test_labels=masks[24:])
-    seen, real = [], solve.answer_test
-    monkeypatch.setattr(solve, "answer_test", lambda run, *args: seen.append(run) or real(run, *args))
-    argv = ["--data", file, "--out", tmp_path / "out", *FAST]
-    status, out, err = start(argv)
+
+    def watched(run, *rest):
+        said = real(run, *rest)
+        seen.extend((run, said.copy()))  # the frames' evidence is added in place
+        return said
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solve, "predict", watched)
+        status, out, err = start(["--data", file, "--out", folder / "out", *FAST])
     assert status == 0, err
-    run, metrics = seen[0], strict_json(tmp_path / "out" / "metrics.json")
-    assert run.plan.margin == metrics["margin"] == 32 and "margin 32" in out
-    tiles = torch.cat([run.train.images, run.tests.images])
-    np.testing.assert_array_equal(tiles, lib.surroundings(images, run.place, 32))
-    assert (run.neighbours >= 0).any(1).mean() > 0.8  # else there is nothing to see
-    padded = F.pad(torch.from_numpy(masks[:24]).char(), (32,) * 4, value=-1)
-    assert torch.equal(run.train.targets, padded)
-    assert {"stage1", "frames", "stage2"} <= set(run.labels) and metrics["test_miou"] > 0.3
-    probs = np.full((24, 5, 64, 128), 51, np.uint8)
-    second = solve.second_input(run, run.train, probs, run.evidence.known)
-    x = second.batch(slice(2), 1)
-    assert x.shape == (2, 1 + 4 + 1 + 8, 128, 192) and x[:, 1:, :32].abs().max() == 0
-    inside = dataclasses.replace(second, images=second.images[:, 32:-32, 32:-32]).batch(slice(2), 1)
-    assert torch.equal(x[..., 32:-32, 32:-32], inside)
-    alone = dataclasses.replace(run.cfg, surroundings=False, out=str(tmp_path / "alone"))
-    assert solve.open_run(alone).train.images.shape == (24, 64, 128)
+    return seen[0], seen[1::2], out, images, masks
+
+
+def test_networks_see_around_their_tile(framed):
+    """Where frames are found a run of all steps trains on windows larger than a tile, with the labels of the
+    tiles there but for those of the fold held out; a tile is validated in the middle, on its own labels."""
+    run, _, out, _, masks = framed
+    metrics = strict_json(run.state.parent / "metrics.json")
+    assert run.plan.around == metrics["around"] == 32 and "around 32" in out
+    assert [step.name for step in run.steps] == ["stage1", "frames", "stage2"] and metrics["test_miou"] > 0.3
+    assert (run.place[0] >= 0).mean() > 0.8  # else there is nothing to see
+    mine, others = (torch.from_numpy(np.flatnonzero(run.fold_of == fold)) for fold in (0, 1))
+    for held_out, seen in ((0, False), (5, True)):
+        x, y = run.tiles.windows(others, 1, held_out, torch.Generator().manual_seed(0))
+        assert x.shape == (len(others), 1, 96, 160) and y.shape == (len(others), 96, 160)
+        assert ((y >= 0).sum((1, 2)) >= 64 * 128).all()  # the tile itself is always inside
+        hidden = dataclasses.replace(run.tiles, targets=run.tiles.targets.clone())
+        hidden.targets[mine] = 0
+        assert (hidden.windows(others, 1, held_out, torch.Generator().manual_seed(0))[1] == 0).any() == seen
+    y = run.tiles.windows(mine, 1)[1]
+    assert torch.equal(y[:, 16:-16, 16:-16], torch.from_numpy(masks)[mine].char())
+    assert ((y >= 0).sum((1, 2)) == 64 * 128).all()
+
+
+def test_whole_frames_are_predicted(framed):
+    """What network 0 says of a whole frame comes again from its file, its image padded by hand with eight
+    mirrored pixels; tile by tile the answers would be others."""
+    run, said, _, images, _ = framed
+    frame = next(f for f in range(6) if (run.place[0] == f).sum() == 6)
+    inside, model = np.flatnonzero(run.place[0] == frame), lib.UNet(1, 4, 4, 3, 2, context=True)
+    model.load_state_dict(lib.load_checkpoint(run.state / "stage1_fold0.pt")["best"])
+    image = np.zeros((192, 256), np.uint8)
+    for tile in inside:
+        y, x = run.place[1:, tile] * (64, 128)
+        image[y:y + 64, x:x + 128] = images[tile]
+    pixels = torch.from_numpy(np.pad(image, 8, "symmetric")).float()[None, None]
+    x = (pixels - run.data.mean) / run.data.std
+    with torch.inference_mode():
+        probs = [model.eval()(one)[0].softmax(1) for one in (x, x.flip(-1))]
+    want = 255 * (probs[0] + probs[1].flip(-1))[0, :, 8:-8, 8:-8].numpy() / 2
+    for tile in inside:
+        y, x = run.place[1:, tile] * (64, 128)
+        got = said[0][0, tile].astype(float)
+        np.testing.assert_allclose(got[1:], want[:, y:y + 64, x:x + 128], atol=1.01)
+        assert (got[0] == 0).all()
+
+
+def test_the_second_network_sees_the_view_of_its_fold(framed):
+    """Channels of stage 2: the image, four classes of the cleaned mask and its confidence as the fold of the
+    window's tile had them, on the whole window, and four of the frames' evidence. Only labels of that fold
+    are learnt: of others the evidence has told."""
+    run, said, *_ = framed
+    heard = np.arange(2 * 36 * 5 * 8 * 16, dtype=np.float32).reshape(2, 36, 5, 8, 16)
+    second = solve.second_input(run, said[0], heard)
+    for fold in (0, 1):
+        tile = int(np.flatnonzero(run.fold_of == fold)[0])
+        x = second.windows(torch.tensor([tile]), 1)[0]
+        assert x.shape == (1, 1 + 4 + 1 + 4, 96, 160) and (x[0, 1:5].sum(0) == 1).all()
+        x = x[0, :, 16:-16, 16:-16].numpy()
+        mask = lib.clean_masks(said[0][fold, tile, 1:].argmax(0)[None].astype(np.uint8) + 1)[0]
+        np.testing.assert_array_equal(x[1:5].argmax(0) + 1, mask)
+        np.testing.assert_allclose(x[5], said[0][fold, tile].max(0) / 255, rtol=1e-6)
+        np.testing.assert_allclose(x[6:], heard[fold, tile, 1:].repeat(8, 1).repeat(8, 2) / 3, rtol=1e-6)
+    own, other = (torch.from_numpy(np.flatnonzero(run.fold_of == fold)) for fold in (0, 1))
+    marked = second.targets.clone()
+    marked[other] = 0
+    y = dataclasses.replace(second, targets=marked).windows(own, 1, 5, torch.Generator().manual_seed(0))[1]
+    assert (y != 0).all() and ((y > 0).sum((1, 2)) > 64 * 128).any()
+
+
+def test_tiles_alone_are_their_own_windows(tmp_path, tiny, write_npz):
+    """Without frames there is nothing around a tile, and no rim: what is trained on is the tile."""
+    run = opened(tmp_path, write_npz, tiny)
+    assert run.plan.around == 0 and run.tiles.rim == 0 and run.tiles.window == (32, 64)
+
+
+def test_one_split_has_no_labels_for_the_frames(tmp_path, framed):
+    """--folds 1: no evidence of frames is asked for, and stage 2 sees none."""
+    file = framed[0].data.path
+    argv = ["--data", file, "--out", tmp_path / "out", *FAST, "--folds", "1", "--epochs", "1"]
+    assert start(argv)[0] == 0
+    metrics = strict_json(tmp_path / "out" / "metrics.json")
+    assert "stage2_miou" in metrics and "frames_miou" not in metrics
+    best = lib.load_checkpoint(tmp_path / "out" / "state" / "stage2_fold0.pt")["best"]
+    assert best["encoder.0.0.weight"].shape[1] == (1 + 4 + 1) * 4  # of 2 × 2 pixels
 
 
 def test_images_of_rare_classes_are_shown_again(tmp_path, tiny, write_npz, monkeypatch):
-    """An epoch shows an image with a rare class rare_repeat times, others once; those are the donors."""
+    """An epoch shows an image with a rare class rare_repeat times, others once, and the last batch is filled
+    up with the first images; those with a rare class are the donors."""
     run = opened(tmp_path, write_npz, tiny)
-    masks = torch.ones_like(run.train.targets)
+    masks = torch.ones_like(run.tiles.targets)
     masks[3, 5, 5], masks[4, :9, 0], masks[7, 0, 0] = 4, 2, -1
     rare, shown = torch.isin(torch.arange(5), torch.tensor([2, 4])), []
-    data = dataclasses.replace(run.train, targets=masks, is_rare=rare)
+    data = dataclasses.replace(run.tiles, targets=masks, is_rare=rare)
     real = solve.training_batch
 
-    def batch(run, data, index, donors, gen):
-        shown.extend(index.tolist())
-        assert donors.tolist() == [3, 4]
-        return real(run, data, index, donors, gen)
+    def batch(run, data, fold, tiles, donors, gen):
+        shown.append(tiles.tolist())
+        assert donors.tolist() == [3, 4] and fold == 0
+        return real(run, data, fold, tiles, donors, gen)
 
     monkeypatch.setattr(solve, "training_batch", batch)
-    network, every = solve.new_network(run, 1, 0), torch.arange(len(masks))
+    network, every = solve.new_network(run, 1, 0), torch.arange(24)
     solve.train_one_epoch(run, network, data, every, (1, 0, 1))
-    counts = np.bincount(shown)
+    assert list(map(len, shown)) == [4] * 10
+    order = np.concatenate(shown)
+    counts = np.bincount(order[:22 + 2 * 8])
     assert counts[[3, 4]].tolist() == [8, 8] and (np.delete(counts, [3, 4]) == 1).all()
+    assert order[38:].tolist() == order[:2].tolist()
