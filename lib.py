@@ -1194,7 +1194,7 @@ def fit_rule(probs: np.ndarray, masks: np.ndarray) -> list[list[float]]:
     """Return the rule of decide that gives out-of-fold probs the best mean IoU: PLAIN, but for rare classes.
 
     Their IoU J is best where all pixels above about J / (1 + J) are taken, long before they are the likeliest
-    (for F1 that is Lipton et al. 2014), in parts that somewhere are sure (what .8 gains: README).
+    (for F1 that is Lipton et al. 2014), in parts that somewhere are sure (what .8 gains was measured).
     Shape: probs (N, C, H, W), masks (N, H, W).
     """
     rule, (probs, masks) = np.array(PLAIN), (probs[..., 2::4, 2::4], masks[:, 2::4, 2::4])
@@ -1709,6 +1709,11 @@ class StageInput:
     confidence: torch.Tensor | None = None  # the largest probability, in 1/255, uint8 (V, T, H, W)
     evidence: torch.Tensor | None = None    # of the frames' labels, float (V, T, outputs, h, w)
     only_flag: bool = False                 # whether the cleaned masks' background is all that is seen
+    holds_rare: torch.Tensor | None = None  # bool (T,): tiles with a pixel of a rare class; follows
+
+    def __post_init__(self):
+        self.holds_rare = torch.cat([self.is_rare[part.clamp_min(0).int()].flatten(1).any(1)
+                                     for part in self.targets.split(512)])  # bounded memory: ints
 
     @property
     def area(self) -> float:
@@ -1726,10 +1731,6 @@ class StageInput:
         images = F.avg_pool2d(self.images.float(), 2, ceil_mode=True).round().byte()
         return dataclasses.replace(self, window=tuple(-(-n // 2) for n in self.window), images=images,
                                    targets=self.targets[:, ::2, ::2].contiguous(), paste=paste)
-
-    def holds_rare(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return which of the tiles have a pixel of a rare class, bool (B,)."""
-        return self.is_rare[self.targets[tiles].clamp_min(0).int()].flatten(1).any(1)
 
     def windows(self, tiles: torch.Tensor, first_class: int, held_out: int = -9,
                 gen: torch.Generator | None = None) -> Batch:
@@ -1778,8 +1779,8 @@ class StageInput:
             x += [(cleaned == classes).float(), self.confidence.flatten()[said][:, None].float() / 255]
         if self.evidence is not None:
             rows, columns = self.evidence.shape[3:]
-            cell = pixels // w % h * rows // h, pixels % w * columns // w
-            x.append(self.evidence[view, pixels // (h * w), :, *cell].permute(0, 3, 1, 2) / 3)
+            row, column = pixels // w % h * rows // h, pixels % w * columns // w
+            x.append(self.evidence[view, pixels // (h * w), :, row, column].permute(0, 3, 1, 2) / 3)
         return torch.cat(x, 1)
 
 
@@ -1795,6 +1796,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # of an epoch's order and augmentation, seeded anew for each
     sums: torch.Tensor        # of the losses of good steps since they were zeroed, and these steps
+    lr: torch.Tensor | None   # where a GPU's graph finds the rate; on a CPU a number will do
     history: list[dict] = field(default_factory=list)  # one record an epoch
     best: dict | None = None  # the EMA's weights after the best epoch
     best_figure: float = -math.inf
@@ -1808,16 +1810,16 @@ class TrainingState:
               weight_decay: float, ema_decay: float, patience: int) -> TrainingState:
         """Return model, on the device, with nothing learnt yet."""
         model = model.to(device, memory_format=torch.channels_last)
-        gpu = device.type == "cuda"  # a graph finds the rate in a tensor
-        optimizer = torch.optim.AdamW(model.parameters(), torch.tensor(lr, device=device) if gpu else lr,
-                                      weight_decay=weight_decay, fused=True, capturable=gpu)
+        held = torch.tensor(lr, device=device) if device.type == "cuda" else None
+        optimizer = torch.optim.AdamW(model.parameters(), lr if held is None else held, fused=True,
+                                      weight_decay=weight_decay, capturable=held is not None)
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(  # the paper's 7 of 25 epochs of patience
             optimizer, "max", factor=0.6, patience=patience * 7 // 25, min_lr=1e-6)
         # other types than float16 need no scale, but its way to leave out a step; not the usual 2^16, at
         # which the first ones may all overflow
         scaler = torch.amp.GradScaler(device.type, 2.0**10 if dtype == torch.float16 else 1.0)
         return cls(path, model, EMA(model, ema_decay), optimizer, scheduler, scaler,
-                   torch.Generator(device), torch.zeros(2, device=device))
+                   torch.Generator(device), torch.zeros(2, device=device), held)
 
     @property
     def device(self) -> torch.device:
@@ -1829,11 +1831,16 @@ class TrainingState:
 
     @rate.setter
     def rate(self, value: float) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value
+        if self.lr is not None:
+            self.lr.fill_(value)
+        for group in self.optimizer.param_groups:  # the tensor again: a loaded state has another
+            group["lr"] = value if self.lr is None else self.lr
+            group["capturable"] = self.lr is not None
+
+    def lower_rate(self, figure: float) -> None:
+        """Lower the rate if the figure of the last epochs has not risen, as the scheduler sees fit."""
+        self.scheduler.step(figure)
+        self.rate = self.rate  # a number that it has put into the tensor's place
 
     PARTS = ("model", "ema", "optimizer", "scheduler", "scaler")
     FACTS = ("history", "best", "best_figure", "best_epoch", "finished")
@@ -1849,11 +1856,12 @@ class TrainingState:
             setattr(self, name, state[name])
         for name in () if self.finished else self.PARTS:
             getattr(self, name).load_state_dict(state[name])
+        self.rate = self.rate  # what was loaded lies on the CPU
 
     def keep_if_best(self, figure: float) -> None:
-        """Keep the averaged weights if their figure is above that of the best so far, or -inf: any later
-        ones will beat them."""
-        if figure > self.best_figure or figure == -math.inf:
+        """Keep the averaged weights if their figure is above that of the best so far, or both are -inf: any
+        later ones will beat them."""
+        if figure > self.best_figure or figure == self.best_figure == -math.inf:
             self.best = copy.deepcopy(self.ema.model.state_dict())
             self.best_epoch, self.best_figure = len(self.history), figure
 
@@ -2015,6 +2023,7 @@ def training_speed(workers: Workers, networks: list[TrainingState], sizes: list[
                     images = train(network, data, steps)
                     rates.append(images / (time.perf_counter() - start))
                 own.append(max(rates[1:]))
+            network.steps.clear()  # graphs and their memory
         speeds.append(own)
 
     workers.run(work)
@@ -2033,9 +2042,13 @@ def train_side_by_side(title: str, table: Timetable, advance, workers: Workers) 
         while network := table.take(device):
             with explained(f"{network.path.stem}, epoch {len(network.history) + 1}"):
                 advance(network, device, table.epochs)
+                if device.type == "cuda":  # another stream may take it next
+                    torch.cuda.current_stream(device).synchronize()
             table.give_back(network)
 
     workers.run(work, progress.show)
+    for network in table.networks:
+        network.steps.clear()  # graphs and their memory
     table.finish()
     progress.show()
     progress.close()

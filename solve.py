@@ -65,7 +65,7 @@ class Config:
     light: float = 0.2            # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
     tta: bool = True              # mean with the mirrored copy
-    most_epochs: int = 96         # of stage 1; of 200 only common classes gain (README)
+    most_epochs: int = 96         # of stage 1; of 200 only common classes gain
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
     fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits best
@@ -261,7 +261,7 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: t
     signal or another worker's error ends it between two steps."""
     cfg, size = run.cfg, batch_size(run.cfg, len(tiles))
     gen = network.generator.manual_seed(lib.seed_of(cfg.seed, *key))
-    donors = tiles[data.holds_rare(tiles)]
+    donors = tiles[data.holds_rare[tiles]]
     order = torch.cat([tiles, donors.repeat(cfg.rare_repeat - 1)])
     order = order[torch.randperm(len(order), device=order.device, generator=gen)]
     steps = range(-(-len(order) // size))[:most_steps]
@@ -307,7 +307,7 @@ def next_epoch(run: Run, stage: int, net: int, network: TrainingState, whole: St
     record = {"loss": train_one_epoch(run, network, data, train, (stage, net, epoch)),
               **validate(run, network, data, val), "lr": network.rate}
     if not cfg.cooldown:
-        network.scheduler.step(record["figure"])
+        network.lower_rate(record["figure"])
     network.history.append(record | {"seconds": time.monotonic() - start})
     # of small images the last is the best, until there is one of whole images
     network.keep_if_best(-np.inf if data is small else record["figure"])
@@ -350,7 +350,7 @@ def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
 # --------------------------------------------------------------------------------------- the plan
 
 # folds, width, pixels of a window beyond its tile, epochs of stage 1 for which there must be time;
-# best first, see the README
+# best first
 SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 84), (4, 16, 32, 84), (4, 16, 0, 22),
          (3, 16, 0, 17), (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
@@ -436,7 +436,7 @@ def predict(run: Run, stage: list[list[lib.UNet]], data: StageInput) -> np.ndarr
     whole frames with a rim of mirrored pixels: 2.6 GB of the competition's 12,600. A fold is not
     asked about frames that hold neither its own tiles nor test tiles: there 0 stays."""
     first_class, fold_of = run.cfg.first_class, data.fold_of.cpu().numpy()
-    most_tiles = 64 if data.images.device.type == "cpu" else 1024  # at once
+    most_tiles = 64 if data.images.device.type == "cpu" else 256  # at once
     probs = np.zeros((len(stage), len(fold_of), NUM_CLASSES, *data.images.shape[1:]), np.uint8)
     fused = [[lib.fused(model) for model in models] for models in stage]
 
@@ -583,7 +583,8 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
                         ranks.world)
         lib.write_json(state / "plan.json", asdict(plan_run(run, devices, task)))
     plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
-    count = min(plan.folds * plan.seeds, gpus * cfg.streams or max(1, cores // plan.threads))
+    count = min(-(-plan.folds * plan.seeds // ranks.world),
+                gpus * cfg.streams or max(1, cores // plan.threads))
     run.workers = lib.Workers(devices, count, plan.threads, clock)
     slower = max(1.0, plan.workers / count)  # than the machine that the plan was made on
     run.plan = plan = replace(plan, predict_seconds=plan.predict_seconds * slower)

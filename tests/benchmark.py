@@ -244,7 +244,7 @@ def measure_growth(run: solve.Run) -> None:
     workers, times, costs = len(run.workers.devices), {}, []
     for count in (500, 2000, 10000):
         data = repeated(run, count)
-        rare = data.holds_rare(torch.arange(count, device=run.workers.devices[0]))
+        rare = data.holds_rare[:count]
         shown = count + int(rare.sum()) * (run.cfg.rare_repeat - 1)
         work = side_by_side(with_width(run, 8), engine(data, None))
         times[count] = seconds(run, work)[0] / (shown * workers)

@@ -20,8 +20,8 @@ def begin_run(tiny, write_npz, tmp_path):
 
     def begin(*flags: str) -> solve.Run:
         path = write_npz(**tiny(n=96, h=64, w=128))
-        argv = ["--data", str(path), "--out", str(tmp_path / "out"), "--folds", "2", "--epochs", "2"]
-        return solve.open_run(solve.parse([*argv, "--width", "8", "--max-hours", "1", *flags]))
+        argv = ["--data", str(path), "--out", str(tmp_path / "out"), "--folds", "2", "--epochs", "2", "--width", "8"]
+        return solve.open_run(solve.parse([*argv, "--no-clean", "--max-hours", "1", *flags]))
 
     return begin
 
@@ -30,7 +30,7 @@ def losses(run: solve.Run, captured: bool | None) -> list[float]:
     """The first ten losses of a network, whose step is captured after three, never, or in vain."""
     network = solve.new_network(run, 1, 0)
     tiles = torch.arange(96, device=network.device)
-    step = solve.training_step(run, network, run.tiles, 0, tiles[run.tiles.holds_rare(tiles)])
+    step = solve.training_step(run, network, run.tiles, 0, tiles[run.tiles.holds_rare[tiles]])
     network.generator.manual_seed(1)
     network.model.train()
     step.wanted = math.inf if captured is False else 3
@@ -87,8 +87,9 @@ def test_gpu_is_chosen_and_the_run_goes_on(begin_run, tiny, write_npz, tmp_path,
     """Five networks at once, in float16; stopped in stage 2, the same command ends with a submission."""
     devices, why = lib.pick_devices()
     assert devices[0].type == "cuda" and why == torch.cuda.get_device_name(0)
-    argv = ["--data", str(write_npz(**tiny(n=96, h=64, w=128))), "--out", str(tmp_path / "run"), "--width", "8",
-            "--folds", "5", "--epochs", "3", "--precision", "float16", "--max-hours", "1"]
+    path = write_npz(**tiny(n=96, h=64, w=128))
+    argv = ["--data", str(path), "--out", str(tmp_path / "run"), "--width", "8",
+            "--folds", "5", "--epochs", "3", "--precision", "float16", "--max-hours", "1", "--no-clean"]
     real = solve.next_epoch
 
     def stop(run, stage, *rest):
@@ -122,3 +123,15 @@ def test_gpu_memory_that_runs_out_halves_the_batch(capsys):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "out of memory at 256 images" in capsys.readouterr().out
     assert np.abs(found.astype(int) - wanted).max() <= 1
+
+
+def test_gpu_finds_the_rate_after_a_resume(begin_run):
+    """The rate of a network that goes on lies in the tensor that its graph reads, with the value saved."""
+    run = begin_run("--precision", "float32")
+    network = solve.new_network(run, 1, 0)
+    network.rate = 0.25
+    network.save()
+    other = solve.new_network(run, 1, 0)
+    other.resume()
+    assert other.optimizer.param_groups[0]["lr"] is other.lr and other.lr.device == other.device
+    assert other.rate == 0.25

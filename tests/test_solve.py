@@ -899,7 +899,7 @@ def test_patches_are_pasted_in_the_first_stage_only(tmp_path, tiny, write_npz):
     run = opened(tmp_path, write_npz, tiny, "--paste", "1")
     run.cfg = dataclasses.replace(run.cfg, geometric=(), light=0.0)  # what else changes every image
     every = torch.arange(len(run.data.images))
-    donors = every[run.tiles.holds_rare(every)]
+    donors = every[run.tiles.holds_rare[every]]
     assert donors.tolist() == list(range(0, 24, 4))
     assert run.tiles.paste == 1.0  # no small images: so small they are themselves
     said, changed = np.full((2, 30, 5, 32, 64), 51, np.uint8), []
