@@ -616,8 +616,9 @@ def solve(cfg: Config, cores: int = 1) -> dict:
     best = best if cfg.refine == "correct" else run.steps[-1]  # as published
     run.metrics["submitted"] = best.name
     if len(best.tests):
-        run.metrics |= lib.describe_labels(best.tests, best.sure, run.data.test_labels)
         lib.submit(out / "submission.csv", best.tests, cfg.first_class)
+        with lib.going_on(run.metrics):
+            run.metrics |= lib.describe_labels(best.tests, best.sure, run.data.test_labels)
     run.metrics["minutes"] = round(run.clock.used() / 60, 2)
     with lib.going_on(run.metrics):
         facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]),

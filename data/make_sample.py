@@ -9,24 +9,56 @@ Classes: 0 background or unlabelled, 1 soil, 2 bedrock, 3 sand, 4 big rock.
 One seed gives the same arrays bit for bit on any machine: raw bits of PCG64 and, in float64, only + - * / and
 sqrt, which IEEE 754 rounds exactly; so no sin, log or power. The file's bytes also depend on zlib's version.
 """
+
 import argparse
 from pathlib import Path
 
 import numpy as np
 
 SIDE, TILE_H, TILE_W, N_TILES, N_TEST, N_INTRUDERS = 512, 64, 128, 320, 80, 12
-FOCAL, TALL, FAR = 618.0, 1.9, 34  # a 45 degree lens 1.9 m up; labels end 34 rows (35 m) from the horizon
+FOCAL, TALL, FAR = (
+    618.0,
+    1.9,
+    34,
+)  # a 45 degree lens 1.9 m up; labels end 34 rows (35 m) from the horizon
 # A frame: horizon's row, leaning to soil, bedrock and sand, brightness, contrast, big rocks, rover in view.
-FRAMES = [(75, .2, .0, -.1, 84, .9, 2, 0), (-150, .4, .1, .0, 64, 1, 2, 0), (55, .0, .1, .1, 72, .9, 3, 0),
-          (-60, .1, .0, .0, 78, .9, 1, 0), (90, .1, .0, .2, 80, .8, 3, 0), (-90, .3, -.1, .2, 50, .9, 2, 1),
-          (-230, .2, .0, .0, 88, .9, 1, 0), (40, .3, .0, .0, 60, .9, 4, 0), (-120, .0, .0, .1, 68, .9, 1, 0),
-          (50, .2, -.1, .0, 76, .9, 3, 1)]
+FRAMES = [
+    (75, 0.2, 0.0, -0.1, 84, 0.9, 2, 0),
+    (-150, 0.4, 0.1, 0.0, 64, 1, 2, 0),
+    (55, 0.0, 0.1, 0.1, 72, 0.9, 3, 0),
+    (-60, 0.1, 0.0, 0.0, 78, 0.9, 1, 0),
+    (90, 0.1, 0.0, 0.2, 80, 0.8, 3, 0),
+    (-90, 0.3, -0.1, 0.2, 50, 0.9, 2, 1),
+    (-230, 0.2, 0.0, 0.0, 88, 0.9, 1, 0),
+    (40, 0.3, 0.0, 0.0, 60, 0.9, 4, 0),
+    (-120, 0.0, 0.0, 0.1, 68, 0.9, 1, 0),
+    (50, 0.2, -0.1, 0.0, 76, 0.9, 3, 1),
+]
 # Ellipses, the later on top: centre x, y, radii, slant, and the alien's grey or the flying saucers' class.
-HEAD = [(-9, -25, 2, 8, -.3, 150), (9, -25, 2, 8, .3, 130), (-11, -29, 3, 3, 0, 215), (13, -28, 3, 3, 0, 190),
-        (0, -4, 21, 18, 0, 176), (0, 10, 12, 20, 0, 176), (-4, -8, 13, 10, 0, 205), (-9, -1, 8, 5, .5, 22),
-        (9, -1, 8, 5, -.5, 22), (-11, -3, 2, 2, 0, 235), (7, -1, 2, 2, 0, 235), (1, 20, 6, 2, .15, 48)]
-SAUCERS = [(32, 20, 11, 12, 0, 3), (32, 28, 27, 9, .1, 4), (95, 14, 10, 11, 0, 3), (95, 22, 25, 8, -.15, 4),
-           (16, 27, 3, 2, 0, 2), (32, 30, 3, 2, 0, 2), (48, 31, 3, 2, 0, 2), (95, 23, 9, 2, 0, 2)]
+HEAD = [
+    (-9, -25, 2, 8, -0.3, 150),
+    (9, -25, 2, 8, 0.3, 130),
+    (-11, -29, 3, 3, 0, 215),
+    (13, -28, 3, 3, 0, 190),
+    (0, -4, 21, 18, 0, 176),
+    (0, 10, 12, 20, 0, 176),
+    (-4, -8, 13, 10, 0, 205),
+    (-9, -1, 8, 5, 0.5, 22),
+    (9, -1, 8, 5, -0.5, 22),
+    (-11, -3, 2, 2, 0, 235),
+    (7, -1, 2, 2, 0, 235),
+    (1, 20, 6, 2, 0.15, 48),
+]
+SAUCERS = [
+    (32, 20, 11, 12, 0, 3),
+    (32, 28, 27, 9, 0.1, 4),
+    (95, 14, 10, 11, 0, 3),
+    (95, 22, 25, 8, -0.15, 4),
+    (16, 27, 3, 2, 0, 2),
+    (32, 30, 3, 2, 0, 2),
+    (48, 31, 3, 2, 0, 2),
+    (95, 23, 9, 2, 0, 2),
+]
 
 
 def wave(turns):
@@ -43,7 +75,9 @@ def fractal(rand, u, v, size, octaves, pixel=0.0):
         a, b, x, y = u / grain - x, v / grain - y, x.astype(int) & 63, y.astype(int) & 63
         a, b = a * a * (3 - 2 * a), b * b * (3 - 2 * b)
         top, low = ((1 - a) * grid[j, x] + a * grid[j, (x + 1) & 63] for j in (y, (y + 1) & 63))
-        total += ((1 - b) * top + b * low) * (grain / size) * np.clip(grain / (pixel + 1e-9) - 1, 0, 1)
+        total += (
+            ((1 - b) * top + b * low) * (grain / size) * np.clip(grain / (pixel + 1e-9) - 1, 0, 1)
+        )
     return total
 
 
@@ -53,8 +87,11 @@ def cells(rand, u, v):
     first, second, numbers = np.full(u.shape, 9.0), np.full(u.shape, 9.0), np.zeros((2, *u.shape))
     for p, q in ((x + i, y + j) for j in (-1, 0, 1) for i in (-1, 0, 1)):
         dx, dy, *own = seeds[:, q & 63, p & 63]
-        d = (p + .1 + .8 * dx - u) ** 2 + (q + .1 + .8 * dy - v) ** 2
-        second, numbers = np.minimum(second, np.maximum(first, d)), np.where(d < first, own, numbers)
+        d = (p + 0.1 + 0.8 * dx - u) ** 2 + (q + 0.1 + 0.8 * dy - v) ** 2
+        second, numbers = (
+            np.minimum(second, np.maximum(first, d)),
+            np.where(d < first, own, numbers),
+        )
         first = np.minimum(first, d)
     return np.sqrt(first), np.sqrt(second), numbers
 
@@ -62,31 +99,46 @@ def cells(rand, u, v):
 def stones(rand, u, v, pitch, share):
     """Height in metres of round stones, most of them small, in a share of the cells of `pitch` metres."""
     d, _, (a, b) = cells(rand, u / pitch, v / pitch)
-    radius = (b < share) * (.1 + .33 * a * a * a)
-    return .8 * pitch * np.sqrt(np.clip(radius * radius - d * d, 0, None))
+    radius = (b < share) * (0.1 + 0.33 * a * a * a)
+    return 0.8 * pitch * np.sqrt(np.clip(radius * radius - d * d, 0, None))
 
 
 def grounds(rand, u, v, pixel):
     """Tone and height in metres (3, H, W each) of soil, bedrock and sand at ground points u, v (H, W)."""
-    wu, wv = (w + .04 * fractal(rand, u, v, .3, 4, pixel) for w in (u, v))
-    grain, broad = fractal(rand, u, v, .02, 3, pixel), fractal(rand, u, v, 1.5, 4, pixel)
-    pebbles = sum(stones(rand, wu, wv, pitch, share * (.3 + rand()) + .25 * broad)
-                  for pitch, share in ((.02, .5), (.05, .4), (.13, .25), (.4, .06)))
-    soil = .95 + .1 * broad + .05 * grain + 2 * pebbles, pebbles + .0015 * grain + .01 * broad
-    near, next_, (tone, level) = cells(rand, wu / .6, wv / .35)
-    fine, far, (spot, _) = cells(rand, (wu + .3 * wv) / .17, wv / .12)
-    crack = np.clip(.6 * rand() + .3 + fractal(rand, u, v, .8, 2), 0, 1)  # from massive rock to slabs
-    slab = (1 - crack + crack * np.clip(6 * (next_ - near), 0, 1)) * (.02 + .03 * level * crack)
-    slab += .006 * crack * np.clip(9 * (far - fine), 0, 1) + .016 * fractal(rand, u, 2 * v, .25, 5, pixel)
-    stone = .95 + .25 * rand() + .12 * tone + .07 * spot + .07 * grain
-    dust = np.clip((.008 + .02 * rand() + .022 * broad - slab) * 120, 0, 1)  # in cracks and over low slabs
-    bedrock = stone + dust * (.87 + .02 * grain - stone), np.maximum(slab, .012 + .015 * broad)
-    (c, s), bend = wave(rand() * .2 + .05), fractal(rand, u, v, 1.2, 3, pixel)
-    ripples = sum(size * wave((c * u + s * v + warp * bend) / length)[1]
-                  * np.clip(length / pixel / 3 - 1, 0, 1) * np.clip(.4 + broad * sign, 0, 1)
-                  for size, length, warp, sign in ((.004, .11, .1, 1), (.035, .9, .45, -.5)))
-    few = .5 * stones(rand, wu, wv, .15, .2 * rand() + .2 * broad)
-    sand = .84 + .12 * rand() + .06 * broad + .02 * grain + 2.5 * ripples, ripples + .0006 * grain + few
+    wu, wv = (w + 0.04 * fractal(rand, u, v, 0.3, 4, pixel) for w in (u, v))
+    grain, broad = fractal(rand, u, v, 0.02, 3, pixel), fractal(rand, u, v, 1.5, 4, pixel)
+    pebbles = sum(
+        stones(rand, wu, wv, pitch, share * (0.3 + rand()) + 0.25 * broad)
+        for pitch, share in ((0.02, 0.5), (0.05, 0.4), (0.13, 0.25), (0.4, 0.06))
+    )
+    soil = 0.95 + 0.1 * broad + 0.05 * grain + 2 * pebbles, pebbles + 0.0015 * grain + 0.01 * broad
+    near, next_, (tone, level) = cells(rand, wu / 0.6, wv / 0.35)
+    fine, far, (spot, _) = cells(rand, (wu + 0.3 * wv) / 0.17, wv / 0.12)
+    crack = np.clip(
+        0.6 * rand() + 0.3 + fractal(rand, u, v, 0.8, 2), 0, 1
+    )  # from massive rock to slabs
+    slab = (1 - crack + crack * np.clip(6 * (next_ - near), 0, 1)) * (0.02 + 0.03 * level * crack)
+    slab += 0.006 * crack * np.clip(9 * (far - fine), 0, 1) + 0.016 * fractal(
+        rand, u, 2 * v, 0.25, 5, pixel
+    )
+    stone = 0.95 + 0.25 * rand() + 0.12 * tone + 0.07 * spot + 0.07 * grain
+    dust = np.clip(
+        (0.008 + 0.02 * rand() + 0.022 * broad - slab) * 120, 0, 1
+    )  # in cracks and over low slabs
+    bedrock = stone + dust * (0.87 + 0.02 * grain - stone), np.maximum(slab, 0.012 + 0.015 * broad)
+    (c, s), bend = wave(rand() * 0.2 + 0.05), fractal(rand, u, v, 1.2, 3, pixel)
+    ripples = sum(
+        size
+        * wave((c * u + s * v + warp * bend) / length)[1]
+        * np.clip(length / pixel / 3 - 1, 0, 1)
+        * np.clip(0.4 + broad * sign, 0, 1)
+        for size, length, warp, sign in ((0.004, 0.11, 0.1, 1), (0.035, 0.9, 0.45, -0.5))
+    )
+    few = 0.5 * stones(rand, wu, wv, 0.15, 0.2 * rand() + 0.2 * broad)
+    sand = (
+        0.84 + 0.12 * rand() + 0.06 * broad + 0.02 * grain + 2.5 * ripples,
+        ripples + 0.0006 * grain + few,
+    )
     return map(np.stack, zip(soil, bedrock, sand, strict=True))
 
 
@@ -95,33 +147,45 @@ def add_objects(rand, height, tone, label, rocks):
     for kind in [0] * 3 + [4] * rocks:
         size = 9 + 14 * rand() if kind else 45 + 30 * rand()
         dy, dx = np.mgrid[:SIDE, :SIDE] - np.floor((350, 450) * rand(2) + (150, 30))[:, None, None]
-        c, s = wave(np.arange(8) / 8 + .11 * rand(8))
-        deep = size * (.7 + .5 * rand(8)) - c * dx[..., None] - 1.5 * s * dy[..., None]
+        c, s = wave(np.arange(8) / 8 + 0.11 * rand(8))
+        deep = size * (0.7 + 0.5 * rand(8)) - c * dx[..., None] - 1.5 * s * dy[..., None]
         inside, rough = deep.min(2) > 0, 1.2 * fractal(rand, dx, dy, 9.0, 4)
         if kind:
-            roof = np.minimum((deep * (.5 + rand(8))).min(2), size * (.55 + .3 * rand()) + .2 * dx + .3 * dy)
+            roof = np.minimum(
+                (deep * (0.5 + rand(8))).min(2), size * (0.55 + 0.3 * rand()) + 0.2 * dx + 0.3 * dy
+            )
             height += inside * np.maximum(roof + rough, 0)
-            tone[inside] = (.9 + .3 * rand() + .07 * rough)[inside]
+            tone[inside] = (0.9 + 0.3 * rand() + 0.07 * rough)[inside]
         label[deep.min(2) > rough] = kind
 
 
 def shade(height, sun):
     """Light (512, 512) on a relief in pixels, the sun on the left at slope `sun`: slopes and cast shadows."""
-    dx, dy = np.diff(height, axis=1, prepend=height[:, :1]), np.diff(height, axis=0, prepend=height[:1])
-    light, top = np.clip((sun + dx + .35 * dy) / np.sqrt(1 + dx * dx + dy * dy) / sun, .2, 1.9), height[:, 0]
-    for x in range(1, SIDE):  # the shadow's edge sinks with the sun's slope, and moves a row in each four
+    dx, dy = (
+        np.diff(height, axis=1, prepend=height[:, :1]),
+        np.diff(height, axis=0, prepend=height[:1]),
+    )
+    light, top = (
+        np.clip((sun + dx + 0.35 * dy) / np.sqrt(1 + dx * dx + dy * dy) / sun, 0.2, 1.9),
+        height[:, 0],
+    )
+    for x in range(
+        1, SIDE
+    ):  # the shadow's edge sinks with the sun's slope, and moves a row in each four
         top = np.maximum((np.append(top[:1], top[:-1]) if x % 4 == 0 else top) - sun, height[:, x])
-        light[:, x] += np.clip((top - height[:, x]) / 2, 0, 1) * (.32 - light[:, x])
+        light[:, x] += np.clip((top - height[:, x]) / 2, 0, 1) * (0.32 - light[:, x])
     return light
 
 
 def add_rover(rand, image, label, y, x):
     """Draw a mast and a deck at the lower edge, unlabelled: all (512, 512), changed in place."""
-    x, tilt = x - 100 - 300 * rand(), .4 * rand() - .2
+    x, tilt = x - 100 - 300 * rand(), 0.4 * rand() - 0.2
     along, down = x - tilt * (y - 430), y - 430 + tilt * x
     mast, deck = (np.abs(along) < 22) & (y > 250) & (down < 0), (down > 0) & (np.abs(x) < 120)
-    image[mast] = (20 + (160 - .3 * (along + 6) ** 2) * np.where(y // 14 % 5 == 0, .3, 1))[mast]
-    image[deck] = (54 + .2 * x + 56 * (((down - 20) % 40 - 5) ** 2 + (x % 30 - 15) ** 2 > 9))[deck]  # riveted
+    image[mast] = (20 + (160 - 0.3 * (along + 6) ** 2) * np.where(y // 14 % 5 == 0, 0.3, 1))[mast]
+    image[deck] = (54 + 0.2 * x + 56 * (((down - 20) % 40 - 5) ** 2 + (x % 30 - 15) ** 2 > 9))[
+        deck
+    ]  # riveted
     label[mast | deck] = 0
 
 
@@ -133,46 +197,78 @@ def draw_frame(rand, horizon, soil, bedrock, sand, level, contrast, rocks, rover
     far = TALL * np.sqrt(FOCAL / below)
     u, v, pixel = (x - SIDE / 2) * TALL / below, -2 * far, far / below
     smooth = np.stack([fractal(rand, u, v, 2.6, 3) + 2.2 * lean for lean in (soil, bedrock, sand)])
-    frayed = smooth + .3 * np.stack([fractal(rand, u, v, .25, 4, pixel) for _ in range(3)])
-    share = np.clip(frayed - frayed.max(0) + .06, 0, None)
+    frayed = smooth + 0.3 * np.stack([fractal(rand, u, v, 0.25, 4, pixel) for _ in range(3)])
+    share = np.clip(frayed - frayed.max(0) + 0.06, 0, None)
     tone, height = ((share * part).sum(0) / share.sum(0) for part in grounds(rand, u, v, pixel))
     height *= below / TALL  # metres to pixels
-    label = (1 + smooth.argmax(0)) * (np.diff(np.sort(smooth, axis=0), axis=0)[1] > .04) * (below > FAR)
+    label = (
+        (1 + smooth.argmax(0))
+        * (np.diff(np.sort(smooth, axis=0), axis=0)[1] > 0.04)
+        * (below > FAR)
+    )
     add_objects(rand, height, tone, label, rocks)
-    image = tone * (.35 + .65 * shade(height, .55 + .35 * rand()))
+    image = tone * (0.35 + 0.65 * shade(height, 0.55 + 0.35 * rand()))
     image += np.clip(12 / below, 0, 1) * (1.2 - image)  # haze
-    image *= 1 + .35 * (rand() - .5) * (x / 256 - 1) + .3 * (y / 512 - .5)
+    image *= 1 + 0.35 * (rand() - 0.5) * (x / 256 - 1) + 0.3 * (y / 512 - 0.5)
     ridge = horizon - 14 - 12 * fractal(rand, x, 0 * x, 170.0, 5)
-    sky = np.where(y < ridge, 1.75 - .002 * (ridge - y), 1.25 + .08 * fractal(rand, x, 3 * y, 40.0, 4))
+    sky = np.where(
+        y < ridge, 1.75 - 0.002 * (ridge - y), 1.25 + 0.08 * fractal(rand, x, 3 * y, 40.0, 4)
+    )
     image = level * (1 + contrast * (np.where(y < horizon, sky, image) - 1))
     if rover:
         add_rover(rand, image, label, y, x)
-    image = np.clip(np.floor(image + 2 * rand(3, SIDE, SIDE).sum(0) - 2.5), 2, 254)  # sensor noise; rounded
-    return np.stack([image, label]).astype(np.uint8)[..., ::1 if rand() < .5 else -1]  # sun left or right
+    image = np.clip(
+        np.floor(image + 2 * rand(3, SIDE, SIDE).sum(0) - 2.5), 2, 254
+    )  # sensor noise; rounded
+    return np.stack([image, label]).astype(np.uint8)[
+        ..., :: 1 if rand() < 0.5 else -1
+    ]  # sun left or right
 
 
 def paint(canvas, x, y, ellipses, soft):
     """Draw HEAD (soft=1) or SAUCERS (soft=0) on a float canvas at coordinates x, y (64, 128), in place."""
     for cx, cy, rx, ry, slant, value in ellipses:
         deep = 1 - ((x - cx) / rx) ** 2 - ((y - cy - slant * (x - cx)) / ry) ** 2
-        canvas += (np.clip(5 * deep, 0, 1) if soft else deep > 0) * (value - soft * 1.2 * (x - cx) - canvas)
+        canvas += (np.clip(5 * deep, 0, 1) if soft else deep > 0) * (
+            value - soft * 1.2 * (x - cx) - canvas
+        )
 
 
 def build(seed=0):
     """The data set: a dict of the three arrays in the module's docstring."""
     bits = np.random.PCG64(seed)
-    def rand(*shape):  # in [0, 1); NumPy keeps the raw bits the same, a Generator's methods may change
-        return (bits.random_raw(shape or None) >> 11) * 2.0 ** -53
+
+    def rand(
+        *shape,
+    ):  # in [0, 1); NumPy keeps the raw bits the same, a Generator's methods may change
+        return (bits.random_raw(shape or None) >> 11) * 2.0**-53
+
     tiles = np.stack([draw_frame(rand, *frame) for frame in FRAMES])
-    tiles = tiles.reshape(-1, 2, SIDE // TILE_H, TILE_H, SIDE // TILE_W, TILE_W).transpose(0, 2, 4, 1, 3, 5)
-    test, train = np.split(tiles.reshape(-1, 2, TILE_H, TILE_W)[np.argsort(rand(N_TILES))], [N_TEST])
+    tiles = tiles.reshape(-1, 2, SIDE // TILE_H, TILE_H, SIDE // TILE_W, TILE_W).transpose(
+        0, 2, 4, 1, 3, 5
+    )
+    test, train = np.split(
+        tiles.reshape(-1, 2, TILE_H, TILE_W)[np.argsort(rand(N_TILES))], [N_TEST]
+    )
     y, x = np.mgrid[:TILE_H, :TILE_W].astype(float)
-    mask = ((y > 30) & (np.minimum(np.abs(x - 32), np.abs(x - 95)) < .5 * y - 11)).astype(float)  # beams
+    mask = ((y > 30) & (np.minimum(np.abs(x - 32), np.abs(x - 95)) < 0.5 * y - 11)).astype(
+        float
+    )  # beams
     paint(mask, x, y, SAUCERS, 0)
     for k, intruder in enumerate(np.argsort(rand(len(train)))[:N_INTRUDERS]):
-        image, side, way = train[intruder, 0].astype(float), (1, -1, 1)[k % 3], (1, 1, -1)[k % 3]  # poses
-        paint(image, side * (x - np.floor(34 + 60 * rand())), way * (y - np.floor(31 + 3 * rand())), HEAD, 1)
-        train[intruder] = np.clip(np.floor(image + .5), 2, 254), mask
+        image, side, way = (
+            train[intruder, 0].astype(float),
+            (1, -1, 1)[k % 3],
+            (1, 1, -1)[k % 3],
+        )  # poses
+        paint(
+            image,
+            side * (x - np.floor(34 + 60 * rand())),
+            way * (y - np.floor(31 + 3 * rand())),
+            HEAD,
+            1,
+        )
+        train[intruder] = np.clip(np.floor(image + 0.5), 2, 254), mask
     return {"training_set": train, "test_set": test[:, 0], "test_labels": test[:, 1]}
 
 

@@ -320,6 +320,15 @@ def test_60_a_mistyped_name(argv, monkeypatch, name, call):
     assert "degraded" not in json.loads((argv[3] / "metrics.json").read_text())
 
 
+def test_60_labels_that_cannot_be_described(argv, monkeypatch):
+    """A mistake in the figures of the submission, each time they are asked for, costs those alone."""
+    def wrong(*_):
+        raise ValueError("a lasting bug")
+
+    monkeypatch.setattr(lib, "describe_labels", wrong)
+    assert "test_shares" not in degraded(argv, "ValueError: a lasting bug")
+
+
 def test_60_a_report_that_fails(argv, monkeypatch):
     """A mistake in the report costs the report alone."""
     monkeypatch.setattr(lib, "pictures", failing(lib.pictures, KeyError("wrong")))
