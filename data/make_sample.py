@@ -1,13 +1,14 @@
-"""Draw a small Martian data set: ten frames of a rover's camera, cut into 64x128 tiles and shuffled.
+"""Draw a small Martian data set: ten frames of a rover's camera, cut into shuffled 64x128 tiles.
 
     python data/make_sample.py [--out data/sample.npz] [--seed 0]
 
-    training_set           uint8 (240, 2, 64, 128)   image 2..254, mask 0..4; 12 intruders, all with one mask
+    training_set           uint8 (240, 2, 64, 128)   image 2..254, mask 0..4; 12 intruders of one mask
     test_set, test_labels  uint8 (80, 64, 128)       images, and their masks
 Classes: 0 background or unlabelled, 1 soil, 2 bedrock, 3 sand, 4 big rock.
 
-One seed gives the same arrays bit for bit on any machine: raw bits of PCG64 and, in float64, only + - * / and
-sqrt, which IEEE 754 rounds exactly; so no sin, log or power. The file's bytes also depend on zlib's version.
+One seed gives the same arrays bit for bit on any machine: raw bits of PCG64 and, in float64, only
++ - * / and sqrt, which IEEE 754 rounds exactly; so no sin, log or power. The file's bytes also
+depend on zlib's version.
 """
 
 import argparse
@@ -21,7 +22,8 @@ FOCAL, TALL, FAR = (
     1.9,
     34,
 )  # a 45 degree lens 1.9 m up; labels end 34 rows (35 m) from the horizon
-# A frame: horizon's row, leaning to soil, bedrock and sand, brightness, contrast, big rocks, rover in view.
+# A frame: horizon's row, leaning to soil, bedrock and sand, brightness, contrast, big rocks, rover
+# in view.
 FRAMES = [
     (75, 0.2, 0.0, -0.1, 84, 0.9, 2, 0),
     (-150, 0.4, 0.1, 0.0, 64, 1, 2, 0),
@@ -34,7 +36,7 @@ FRAMES = [
     (-120, 0.0, 0.0, 0.1, 68, 0.9, 1, 0),
     (50, 0.2, -0.1, 0.0, 76, 0.9, 3, 1),
 ]
-# Ellipses, the later on top: centre x, y, radii, slant, and the alien's grey or the flying saucers' class.
+# Ellipses, the later on top: centre x, y, radii, slant, and the alien's grey or the saucers' class.
 HEAD = [
     (-9, -25, 2, 8, -0.3, 150),
     (9, -25, 2, 8, 0.3, 130),
@@ -62,13 +64,13 @@ SAUCERS = [
 
 
 def wave(turns):
-    """Stand-ins for cosine and sine of an angle in turns, rational and yet exactly on the unit circle."""
+    """Stand-ins for cosine and sine of an angle in turns, rational, exactly on the unit circle."""
     t, sign = 2 * ((2 * turns) % 1) - 1, 1 - 2 * (np.floor(2 * turns) % 2)
     return sign * (1 - t * t) / (1 + t * t), sign * 2 * t / (1 + t * t)
 
 
 def fractal(rand, u, v, size, octaves, pixel=0.0):
-    """Noise about 0 at u, v of halving grain, the coarsest of `size`; grain finer than two `pixel` fades."""
+    """Noise about 0 at u, v of halving grain, the coarsest of `size`; below two `pixel` it fades."""
     total = 0.0
     for grain in size / np.array([1.0, 2, 4, 8, 16])[:octaves]:
         grid, x, y = 2 * rand(64, 64) - 1, np.floor(u / grain), np.floor(v / grain)
@@ -82,7 +84,7 @@ def fractal(rand, u, v, size, octaves, pixel=0.0):
 
 
 def cells(rand, u, v):
-    """Distances (H, W) to the two nearest seeds of a jittered lattice; the nearest's two numbers."""
+    """Distances (H, W) to the two nearest seeds of a jittered lattice; the nearest's numbers."""
     seeds, x, y = rand(4, 64, 64), np.floor(u).astype(int), np.floor(v).astype(int)
     first, second, numbers = np.full(u.shape, 9.0), np.full(u.shape, 9.0), np.zeros((2, *u.shape))
     for p, q in ((x + i, y + j) for j in (-1, 0, 1) for i in (-1, 0, 1)):
@@ -97,14 +99,14 @@ def cells(rand, u, v):
 
 
 def stones(rand, u, v, pitch, share):
-    """Height in metres of round stones, most of them small, in a share of the cells of `pitch` metres."""
+    """Height in metres of round stones, most small, in a share of the cells of `pitch` metres."""
     d, _, (a, b) = cells(rand, u / pitch, v / pitch)
     radius = (b < share) * (0.1 + 0.33 * a * a * a)
     return 0.8 * pitch * np.sqrt(np.clip(radius * radius - d * d, 0, None))
 
 
 def grounds(rand, u, v, pixel):
-    """Tone and height in metres (3, H, W each) of soil, bedrock and sand at ground points u, v (H, W)."""
+    """Tone and height in metres (3, H, W each) of soil, bedrock and sand at points u, v (H, W)."""
     wu, wv = (w + 0.04 * fractal(rand, u, v, 0.3, 4, pixel) for w in (u, v))
     grain, broad = fractal(rand, u, v, 0.02, 3, pixel), fractal(rand, u, v, 1.5, 4, pixel)
     pebbles = sum(
@@ -143,7 +145,7 @@ def grounds(rand, u, v, pixel):
 
 
 def add_objects(rand, height, tone, label, rocks):
-    """Blank three polygons of the label, then put faceted big rocks: (512, 512) each, changed in place."""
+    """Blank three polygons of the label, then put faceted big rocks; (512, 512), in place."""
     for kind in [0] * 3 + [4] * rocks:
         size = 9 + 14 * rand() if kind else 45 + 30 * rand()
         dy, dx = np.mgrid[:SIDE, :SIDE] - np.floor((350, 450) * rand(2) + (150, 30))[:, None, None]
@@ -160,7 +162,7 @@ def add_objects(rand, height, tone, label, rocks):
 
 
 def shade(height, sun):
-    """Light (512, 512) on a relief in pixels, the sun on the left at slope `sun`: slopes and cast shadows."""
+    """Light (512, 512) on a relief in pixels, the sun on the left at slope `sun`, with shadows."""
     dx, dy = (
         np.diff(height, axis=1, prepend=height[:, :1]),
         np.diff(height, axis=0, prepend=height[:1]),
@@ -193,7 +195,7 @@ def draw_frame(rand, horizon, soil, bedrock, sand, level, contrast, rocks, rover
     """One camera frame, image and label: uint8 (2, 512, 512)."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(float)
     below = np.maximum(y - horizon, 4.0)
-    # Along the view a plane would shrink by 1/below^2; the power 1.5 stands for stones that stand up.
+    # Along the view a plane would shrink by 1/below^2; the power 1.5 is for stones that stand.
     far = TALL * np.sqrt(FOCAL / below)
     u, v, pixel = (x - SIDE / 2) * TALL / below, -2 * far, far / below
     smooth = np.stack([fractal(rand, u, v, 2.6, 3) + 2.2 * lean for lean in (soil, bedrock, sand)])
@@ -226,7 +228,7 @@ def draw_frame(rand, horizon, soil, bedrock, sand, level, contrast, rocks, rover
 
 
 def paint(canvas, x, y, ellipses, soft):
-    """Draw HEAD (soft=1) or SAUCERS (soft=0) on a float canvas at coordinates x, y (64, 128), in place."""
+    """Draw HEAD (soft=1) or SAUCERS (soft=0) on a float canvas at x, y (64, 128), in place."""
     for cx, cy, rx, ry, slant, value in ellipses:
         deep = 1 - ((x - cx) / rx) ** 2 - ((y - cy - slant * (x - cx)) / ry) ** 2
         canvas += (np.clip(5 * deep, 0, 1) if soft else deep > 0) * (
