@@ -651,20 +651,14 @@ def _assemble(n, links, limits, least, further=1.0):
     return neighbours, confidence, place
 
 
-def find_neighbours(images, device="cpu"):
-    """Each tile's neighbours in its camera frame, from the pixels alone, and how probable each link is.
+def assemble_frames(images, device="cpu", pmap=map):
+    """Each tile's neighbours in its camera frame, from the pixels alone, how probable each link is, and place.
 
     Args: images uint8 (N, H, W), training tiles then test tiles.
     Returns: neighbours int32 (N, 4), the tile to the right, left, below, above or -1, each link in both
-        tiles' rows; confidence float32 (N, 4), 0 without a link.
+        tiles' rows; confidence float32 (N, 4), 0 without a link; place int32 (3, N), the tiles' frame, row
+        and column, no two in one place. Frames are numbered from 0; a tile without a neighbour has -1.
     Source: border compatibility, greedy assembly: Gallagher 2012; likelihoods are fitted to the tiles.
-    """
-    return assemble_frames(images, device)[:2]
-
-
-def assemble_frames(images, device="cpu", pmap=map):
-    """What find_neighbours returns, and the tiles' frame, row and column: int32 (3, N), no two tiles in one
-    place. Frames are numbered from 0; a tile without a neighbour has frame -1.
     """
     n = len(images)
     if n < 2 or min(images.shape[1:]) < 16:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import lib
 from lib import NUM_CLASSES, StageInput, TrainingState, UserError, option

@@ -2,7 +2,7 @@
 
     python data/make_sample.py [--out data/sample.npz] [--seed 0]
 
-    training_set           uint8 (240, 2, 64, 128)   image 2..254, mask 0..4; 12 intruders of one mask
+    training_set           uint8 (240, 2, 64, 128)   image 2..254, mask 0..4; 12 intruders, one mask
     test_set, test_labels  uint8 (80, 64, 128)       images, and their masks
 Classes: 0 background or unlabelled, 1 soil, 2 bedrock, 3 sand, 4 big rock.
 
@@ -70,7 +70,7 @@ def wave(turns):
 
 
 def fractal(rand, u, v, size, octaves, pixel=0.0):
-    """Noise about 0 at u, v of halving grain, the coarsest of `size`; below two `pixel` it fades."""
+    """Noise about 0 at u, v of halving grain, the coarsest of `size`; under 2 `pixel` fading."""
     total = 0.0
     for grain in size / np.array([1.0, 2, 4, 8, 16])[:octaves]:
         grid, x, y = 2 * rand(64, 64) - 1, np.floor(u / grain), np.floor(v / grain)

@@ -1,4 +1,4 @@
-"""What find_neighbours promises, on drawn frames; and how frames are looked at, learnt from and predicted."""
+"""What assemble_frames promises, on drawn frames; and how frames are looked at, learnt from and predicted."""
 import types
 
 import numpy as np
@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 
 import lib
 import solve
-from lib import assemble_frames, find_neighbours
+from lib import assemble_frames
 
 STEPS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
@@ -86,7 +86,7 @@ def test_links_are_symmetric_and_frames_do_not_overlap(solved):
 
 def test_same_input_same_answer(solved):
     """A second run gives the same bytes."""
-    once, again = (find_neighbours(solved[0][:64]) for _ in range(2))
+    once, again = (assemble_frames(solved[0][:64])[:2] for _ in range(2))
     assert (once[0] == again[0]).all() and (once[1] == again[1]).all()
 
 
@@ -97,7 +97,7 @@ def test_frames_with_half_their_tiles_missing():
     inverse = np.full(len(tiles) + 1, -1)
     inverse[kept] = np.arange(len(kept))
     truth = inverse[truth[kept]]
-    found, _ = find_neighbours(tiles[kept])
+    found, *_ = assemble_frames(tiles[kept])
     right = ((found == truth) & (truth >= 0)).sum()
     assert right / (found >= 0).sum() >= 0.95
     assert right / (truth >= 0).sum() >= 0.7
@@ -106,14 +106,14 @@ def test_frames_with_half_their_tiles_missing():
 def test_unrelated_tiles_stay_alone():
     """At most 1 % of tiles of different frames get a neighbour."""
     tiles, _ = cut_frames(200, 1, 1, seed=2)
-    assert (find_neighbours(tiles)[0] >= 0).any(1).mean() <= 0.01
+    assert (assemble_frames(tiles)[0] >= 0).any(1).mean() <= 0.01
 
 
 def test_black_flat_and_repeated_tiles_do_not_link(solved):
     """Black tiles, saturated sky and copies of one tile get no neighbour among themselves."""
     tiles, _ = cut_frames(100, 1, 1, seed=3)
     odd = np.concatenate([np.zeros((8, 32, 64)), np.full((8, 32, 64), 255), np.repeat(tiles[:1], 8, 0)])
-    found, _ = find_neighbours(np.concatenate([tiles, odd.astype(np.uint8)]))
+    found, *_ = assemble_frames(np.concatenate([tiles, odd.astype(np.uint8)]))
     assert (found >= 0).any(1).mean() <= 0.01
     assert (found[100:] < 0).all()
 
@@ -123,7 +123,7 @@ def test_bright_frame_edges_do_not_glue_frames(solved):
     rng = np.random.default_rng(4)
     frames = np.stack([draw_frame(rng, 64, 64) for _ in range(60)])
     frames[:, [0, -1]] = np.clip(frames[:, [0, -1]] * 1.5, 0, 255)
-    found, _ = find_neighbours(frames.reshape(120, 32, 64))
+    found, *_ = assemble_frames(frames.reshape(120, 32, 64))
     assert (found[::2, 3] < 0).all() and (found[1::2, 2] < 0).all()
 
 
