@@ -2,9 +2,10 @@
 
     python solve.py --data data/                the whole run; after a kill the same command goes on
     python solve.py --data m.npz --max-hours 1  planned: a submission exists within the hour
+    python solve.py --data m.npz --test t.npz   another test set, by the networks of a finished run
     python solve.py --recipe paper              the published system, measured with both metrics
 
-load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ out-of-fold priors ─ evidence ─ stage 2 ─ submit
+load ─ check ─ clean ─ frames ─ folds ─ stage 1 ─ context of the frames ─ stage 2 ─ submit ─ report
 
 This file is what we decided; what is true of the task is in lib.py.
 """
@@ -15,11 +16,17 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import torch
+try:
+    import cv2
+    import numpy as np
+    import torch
 
-import lib
-from lib import NUM_CLASSES, StageInput, TrainingState, UserError, option
+    import lib
+    from lib import NUM_CLASSES, StageInput, Task, TrainingState, UserError, option, relative_speed
+except ImportError as e:
+    print(f"solve.py: {e}: pip install -r requirements.txt; where libGL is missing, uninstall "
+          "opencv-python and install opencv-python-headless", file=sys.stderr)
+    sys.exit(2)
 
 # ---------------------------------------------------------------------------------- configuration
 
@@ -27,50 +34,52 @@ from lib import NUM_CLASSES, StageInput, TrainingState, UserError, option
 class Config:
     """Every choice of a run. Fields made by option() are flags."""
 
-    data: str = option("data", "the competition's .npz, or the folder that holds it", lib.is_path,
+    data: str = option("data", "the competition's .npz, or the folder that holds it",
                        group="input and output")
-    out: str = option("submission", "folder for everything that is written", lib.is_path)
+    out: str = option("submission", "folder for everything that is written")
+    test: str = option("", "another file's test_set, for the networks of the run in --out")
+    save_probs: bool = option(False, "write probabilities.npz too, for ensembles")
     recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper"))
     max_hours: float = option(11.0, "a submission exists before they are over", most=9999)
     seed: int = option(0, "seed of folds, weights and augmentation", most=2**63 - 1)
     fresh: bool = option(False, "throw away the state of an earlier run in --out")
-    clean: bool = option(True, "keep intruders in the training set", group="cleaning and frames")
-    template: str = option("", "picture of an intruder, instead of the one discovered")
+    clean: bool = option(True, "keep outliers in the training set", group="cleaning and frames")
+    template: str = option("", "picture of an outlier, instead of those discovered")
     frames: bool = option(True, "don't put the camera frames back together")
-    device: str = option("auto", "auto, cpu, cuda (all) or cuda:N", lib.is_device, group="engine")
+    device: str = option("auto", "auto, cpu, cuda (all) or cuda:N", group="engine")
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
                             ("auto", "bfloat16", "float16", "float32"))
     folds: int = option(0, "each validates networks taught none of its labels; 1: one 15 %% split",
                         most=99, group="size of the work; 0: planned from speed and --max-hours")
     seeds: int = option(0, "networks of each fold and stage, whose mean counts", most=99)
-    width: int = option(0, "channels of the first level (the paper: 64)")
-    epochs: int = option(0, "epochs of each network of each stage")
+    width: int = option(0, "channels of the first level (the paper: 64)", most=1024)
+    epochs: int = option(0, "epochs of each network of each stage", most=99999)
     stages: int = option(2, "1: no second stage", (1, 2))
-    batch_size: int = option(32, "images a step", least=1, group="training")
+    batch_size: int = option(32, "images a step", least=1, most=4096, group="training")
     lr: float = option(2e-3, "learning rate of AdamW", least=1e-9, most=0.999)
-    gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)")
-    rare_repeat: int = option(3, "how often stage 1 sees images of a class under 2 %%", least=1)
-    paste: float = option(0.5, "share of images, small if any are, that get its patches", most=1)
+    gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)", most=20)
     patience: int = option(20, "epochs without a better validation before stopping", least=1)
-    ema_decay: float = option(0.99, "weight averaging per step; 0: off", most=0.99999)
     # what tells the recipes apart and nobody would sweep
     alpha: float = 1.0            # factor of the focal loss
+    oversample: int = 3           # how often stage 1 sees images of a rare class
+    copy_paste: float = 0.5       # share of images, half-sized if any are, with rare classes pasted
+    ema_decay: float = 0.99       # weight averaging per step; 0: off
     second_lr: float = 0.25       # stage 2's rate, a share of lr: it goes on with stage 1's weights
     second_epochs: float = 0.1    # stage 2's epochs, a share of stage 1's
     first_class: int = 1          # 0: background too is learnt and predicted; 1: it is ignored
     refine: str = "correct"       # stage 2 corrects common classes, or fills in "background" alone
-    select: str = "score"         # the validation's mean IoU or its "loss" picks weights and stop
+    monitor: str = "score"        # the validation's mean IoU or its "loss" picks weights and stop
     geometric: tuple = (0.1, 0.25, 8.0)  # shift, scale, degrees
-    light: float = 0.2            # brightness and contrast
+    jitter: float = 0.2           # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
     tta: bool = True              # mean with the mirrored copy
     most_epochs: int = 96         # of stage 1; of 200 only common classes gain
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
-    fit_rare: bool = True         # rare classes' probabilities are multiplied by what suits best
-    small_share: float = 2 / 3    # of stage 1's epochs, the first ones, on images of half the side
-    stride: int = 2               # side of the blocks of pixels that the network takes as one
-    context: bool = True          # the bottleneck hears of the whole image
+    fit_thresholds: bool = True   # rare classes' probabilities are multiplied by what suits best
+    half_sized: float = 2 / 3     # of stage 1's epochs, the first ones, on images of half the side
+    shuffle: int = 2              # side of the blocks of pixels that the network takes as one
+    global_context: bool = True   # the bottleneck sees the mean of the whole image
     rim: int = 8                  # mirrored pixels around a frame that is predicted
     streams: int = 5              # networks trained at once on a GPU
     level_weights: tuple = (0.1, 0.1)  # of the outputs at 1/2, 1/4, …; there is a level more
@@ -78,10 +87,10 @@ class Config:
 
 RECIPES = {"best": {}, "paper": dict(
     folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, second_epochs=0.2, gamma=3.0,
-    alpha=0.25, rare_repeat=1, paste=0.25, patience=25, ema_decay=0.0, first_class=0,
-    refine="background", select="loss", geometric=(0.2, 0.2, 60.0), flip_vertical=True, tta=False,
-    most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_rare=False, small_share=0.0, stride=1,
-    context=False, level_weights=(0.2, 0.3, 0.5))}
+    alpha=0.25, oversample=1, copy_paste=0.25, patience=25, ema_decay=0.0, first_class=0,
+    refine="background", monitor="loss", geometric=(0.2, 0.2, 60.0), flip_vertical=True, tta=False,
+    most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_thresholds=False, half_sized=0.0,
+    shuffle=1, global_context=False, level_weights=(0.2, 0.3, 0.5))}
 
 
 def parse(argv: list[str]) -> Config:
@@ -98,29 +107,28 @@ def parse(argv: list[str]) -> Config:
 class Plan:
     """How much work is done; made once, saved, and kept when a run goes on."""
 
-    precision: str           # of autocast
+    precision: str          # of autocast
     folds: int = 1
-    seeds: int = 1           # networks of each fold
+    seeds: int = 1          # networks of each fold
     width: int = 16
-    around: int = 0          # pixels of a window beyond its tile
-    workers: int = 1         # of each rank, when the plan was made
-    threads: int = 1         # of each operation on a CPU
-    epochs: tuple = (1, 1)   # of each network of stage 1 and 2
-    epoch_seconds: tuple = ((1.0, 1.0), (1.0, 1.0))  # a worker's, by stage, small and whole images
-    predict_seconds: float = -np.inf  # -inf: no deadline while measuring
-    speed: float = 1.0       # training images/s of a rank's workers at once, as measured
-    small_speed: float = 1.0  # of images of half the side
+    padding: int = 0        # context padding: pixels of a window beyond its tile
+    threads: int = 1        # of each operation on a CPU
+    workers: int = 1        # of each rank, when the plan was made
+    epochs: tuple = (1, 1)  # of each network of stage 1 and 2
+    times: tuple = ((0.0, 1.0), (1.0, 2.0))  # shares of --max-hours: each stage's begin and end
+    speed: float = 1.0      # training images/s of a rank's workers at once, as measured
+    half_speed: float = 1.0  # of images of half the side
 
 
 @dataclass
 class Step:
-    """What was said after a step of the run: "stage1", "frames" or "stage2"."""
+    """The answer after a step of the run: "stage1", "frames" or "stage2"."""
 
     name: str
     labels: np.ndarray      # out of fold, uint8 (N, H, W)
-    confidence: np.ndarray  # their probability, in 1/255, uint8 (N, H, W)
+    probs: np.ndarray       # out of fold, bytes (N, C, H, W)
     tests: np.ndarray       # labels of the test set, uint8 (M, H, W)
-    sure: np.ndarray        # their mean confidence, (M,)
+    test_probs: np.ndarray  # bytes (M, C, H, W)
 
 
 @dataclass
@@ -137,8 +145,8 @@ class Run:
     place: np.ndarray | None    # (3, N + M): frame, row and column of training and test tiles
     workers: lib.Workers        # train and predict
     helpers: lib.Workers        # do what no network does, on all cores
-    plan: Plan | None = None
-    fold_of: np.ndarray = None  # (N,)
+    plan: Plan
+    fold_of: np.ndarray         # (N,)
     tiles: StageInput = None    # of stage 1, on the device
     metrics: dict = field(default_factory=dict)    # what metrics.json holds
     histories: dict = field(default_factory=dict)  # (stage, net) → list of epochs
@@ -148,64 +156,54 @@ class Run:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.plan.precision)
 
-    @property
-    def end(self) -> float:
-        """The clock's seconds at which training leaves the rest of the time to prediction."""
-        left = 0.5 if self.steps else 1.0  # of all predictions stage 1's are half
-        return 0.97 * self.clock.limit - left * self.plan.predict_seconds
 
-
-def put_on_device(run: Run) -> None:
-    """Put all tiles on the device, in their frames, with the labels of the training tiles."""
-    cfg, data = run.cfg, run.data
-    tiles, (n, h, w) = np.concatenate([data.images, data.test_images]), data.masks.shape
-    targets, fold_of = np.full(tiles.shape, -1, np.int8), np.full(len(tiles), -2)
-    targets[:n], fold_of[:n] = data.masks, run.fold_of
-    # after small images with patches come whole ones as they are: that is what will be predicted
-    run.tiles = StageInput(
-        lib.Frames.lay_out(run.place, len(tiles)), 0 if run.place is None else cfg.rim,
-        (h + run.plan.around, w + run.plan.around), torch.from_numpy(tiles), data.mean, data.std,
-        torch.from_numpy(targets), torch.from_numpy(fold_of), torch.from_numpy(run.is_rare),
-        0.0 if cfg.small_share else cfg.paste).to(run.workers.devices[0])
+def put_on_device(run: Run) -> StageInput:
+    """Return all tiles on the device, in their frames, with the labels of the training tiles."""
+    cfg = run.cfg
+    # after half-sized images with patches come whole ones as they are: those will be predicted
+    paste = 0.0 if cfg.half_sized else cfg.copy_paste
+    return StageInput.of_tiles(run.data, run.place, run.fold_of, run.is_rare, cfg.rim,
+                               run.plan.padding, cfg.first_class, paste, run.workers.devices[0])
 
 
 # ------------------------------------------------------------------------- one network's training
 
+def stage_progress(run: Run, stage: int, epoch: int = 0) -> float:
+    """Return how much of a stage's training is over, 0 to 1, after so many epochs: of the planned
+    epochs or, when time is short, of the planned time. Rate, image size and end follow from it."""
+    begin, end = run.plan.times[stage - 1]
+    time_over = (run.clock.used() / run.clock.limit - begin) / (end - begin)
+    return max(epoch / run.plan.epochs[stage - 1], min(1.0, time_over))
+
+
+def learning_rate(cfg: Config, stage: int, progress: float, history: list[dict]) -> float:
+    """Return the rate of an epoch that begins at a stage's progress: constant, then it falls to 0;
+    in a stage 2 that goes on with stage 1's weights it falls from the start. As published it is
+    multiplied by .6 after each plateau of 7 epochs."""
+    rate = cfg.lr * (cfg.second_lr if stage == 2 else 1.0)
+    if not cfg.cooldown:
+        figures = [record["figure"] for record in history]
+        return max(1e-6, rate * 0.6 ** lib.count_plateaus(figures, cfg.patience * 7 // 25))
+    cooldown = 1.0 if stage == 2 and cfg.refine == "correct" else cfg.cooldown
+    return rate * min(1.0, (1 - progress) / cooldown)
+
+
 def new_network(run: Run, stage: int, net: int, channels: int = 1,
                 parent: lib.UNet | None = None) -> TrainingState:
     """Return a network to train; its first weights are the parent's, where there is one, or depend
-    on (seed, stage, net) alone. A second network that goes on never answers a rare class."""
+    on (seed, stage, net) alone. A second network that goes on never predicts a rare class."""
     cfg, (seed, fold) = run.cfg, divmod(net, run.plan.folds)  # of net, everywhere
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lib.seed_of(cfg.seed, stage, net, 0))
         model = lib.UNet(channels, NUM_CLASSES - cfg.first_class, run.plan.width,
-                         len(cfg.level_weights) + 1, cfg.stride, cfg.context)
+                         len(cfg.level_weights) + 1, cfg.shuffle, cfg.global_context)
     if parent is not None:
-        model.start_from(parent)
-        model.silence(torch.from_numpy(run.is_rare[cfg.first_class:]))
+        model.initialise_from(parent)
+        model.mask_classes(torch.from_numpy(run.is_rare[cfg.first_class:]))
     path = run.state / f"stage{stage}_fold{fold}{f'_seed{seed}' if seed else ''}.pt"
     devices = list(dict.fromkeys(run.workers.devices))  # each rank's networks in turn
     device = devices[net // run.ranks.world % len(devices)]
-    return TrainingState.begin(path, model, device, run.dtype, learning_rate(cfg, stage, 1, 1),
-                               cfg.weight_decay, cfg.ema_decay, cfg.patience)
-
-
-def learning_rate(cfg: Config, stage: int, epoch: int, epochs: int) -> float:
-    """Return the rate of an epoch, from 1: constant, and at last it falls to zero; in a stage 2
-    that goes on with stage 1's weights, and must not forget, it falls from the start."""
-    cooldown = 1.0 if stage == 2 and cfg.refine == "correct" else cfg.cooldown
-    rate = cfg.lr * (cfg.second_lr if stage == 2 else 1.0)
-    return rate * min(1.0, (epochs - epoch + 1) / (cooldown * epochs)) if cooldown else rate
-
-
-def is_small(cfg: Config, stage: int, epoch: int, epochs: int) -> bool:
-    """Return whether an epoch, of so many, sees images of half the side."""
-    return stage == 1 and epoch <= int(cfg.small_share * epochs)
-
-
-def epoch_seconds(cfg: Config, plan: Plan, stage: int, epoch: int, epochs: int) -> float:
-    """Return what the plan expects of an epoch, of so many, of one network."""
-    return plan.epoch_seconds[stage - 1][0 if is_small(cfg, stage, epoch, epochs) else 1]
+    return TrainingState.begin(path, model, device, run.dtype, cfg.weight_decay, cfg.ema_decay)
 
 
 def batch_size(cfg: Config, images: int) -> int:
@@ -215,22 +213,28 @@ def batch_size(cfg: Config, images: int) -> int:
 
 def training_batch(run: Run, data: StageInput, fold: int, tiles: torch.Tensor,
                    donors: torch.Tensor, gen: torch.Generator) -> lib.Batch:
-    """Return an augmented batch of windows around tiles, without the labels of a fold. Rare patches
-    come from windows around donors, tiles of the same split."""
+    """Return an augmented batch of windows around tiles, without the labels of a fold. Rare classes
+    are pasted from windows around donors, tiles of the same split."""
     cfg = run.cfg
-    x, y = data.windows(tiles, cfg.first_class, fold, gen)
+    x, y = data.windows(tiles, gen, fold)
     if data.paste and len(donors):
         pick = donors[torch.randint(len(donors), (len(tiles),), device=x.device, generator=gen)]
-        donor_x, patches = data.windows(pick, cfg.first_class, fold, gen)
-        patches = torch.where(data.is_rare[patches.clamp_min(0).int()], patches, 0)
-        x, y = lib.paste_rare(x, y, donor_x, patches, gen, data.paste)
-    for dim in (-1, -2) if cfg.flip_vertical else (-1,):
-        x, y = lib.flip(x, y, dim, gen)
-    if cfg.geometric:
-        x, y = lib.affine(x, y, gen, *cfg.geometric)
-    if cfg.light:
-        x = lib.jitter_light(x, gen, cfg.light)
+        donor_x, donor_y = data.windows(pick, gen, fold)
+        donor_y = torch.where(data.is_rare[donor_y.clamp_min(0).int()], donor_y, 0)
+        x, y = lib.copy_paste(x, y, donor_x, donor_y, gen, data.paste)
+    x, y = lib.flip(x, y, -1, gen)
+    if cfg.flip_vertical:
+        x, y = lib.flip(x, y, -2, gen)
+    x, y = lib.affine(x, y, gen, *cfg.geometric)
+    x = lib.jitter(x, gen, cfg.jitter)
     return x.contiguous(memory_format=torch.channels_last), y
+
+
+def loss_of(cfg: Config, logits: list[torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    """Return the loss of a network's outputs, in training and in validation alike. Target -1 is
+    ignored; 0 is the first class that is learnt."""
+    return lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma,
+                                     alpha=cfg.alpha)
 
 
 def training_step(run: Run, network: TrainingState, data: StageInput, fold: int,
@@ -240,28 +244,21 @@ def training_step(run: Run, network: TrainingState, data: StageInput, fold: int,
 
     def step(tiles: torch.Tensor) -> None:
         x, y = training_batch(run, data, fold, tiles, donors, gen)
-        target = (y.long() - cfg.first_class).clamp_min(-1)  # below the first class learnt: ignored
+        target = (y.long() - cfg.first_class).clamp_min(-1)  # below the first class: ignored
 
-        def criterion(model: lib.UNet) -> torch.Tensor:
-            with lib.autocast(x.device, run.dtype):
-                logits = model(x)
-            return lib.deep_supervision_loss(logits, target, cfg.level_weights, gamma=cfg.gamma,
-                                             alpha=cfg.alpha)
-
-        network.step(criterion)
+        network.step(x, run.dtype, lambda logits: loss_of(cfg, logits, target))
 
     return lib.Replayed(step, gen)
 
 
 def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: torch.Tensor,
                     key: tuple[int, int, int], most_steps: int | None = None) -> float:
-    """Train on all tiles, on those of a rare class rare_repeat times, in the order of key = (stage,
-    net, epoch), and return the mean loss. Nothing waits for the device inside; the time's end, a
-    signal or another worker's error ends it between two steps."""
+    """Train on all tiles, those of a rare class oversampled, in the order of key = (stage, net,
+    epoch), and return the mean loss. The end of the stage's time ends it between two steps."""
     cfg, size = run.cfg, batch_size(run.cfg, len(tiles))
     gen = network.generator.manual_seed(lib.seed_of(cfg.seed, *key))
     donors = tiles[data.holds_rare[tiles]]
-    order = torch.cat([tiles, donors.repeat(cfg.rare_repeat - 1)])
+    order = torch.cat([tiles, donors.repeat(cfg.oversample - 1)])
     order = order[torch.randperm(len(order), device=order.device, generator=gen)]
     steps = range(-(-len(order) // size))[:most_steps]
     order = order.repeat(2 + size // len(order))  # to fill up the last batch
@@ -271,7 +268,7 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: t
     network.sums.zero_()
     for i in steps:
         run.workers.check()
-        if i and run.clock.used() > run.end:
+        if i and stage_progress(run, key[0]) >= 1:
             break
         network.steps[data](order[i * size:(i + 1) * size])
     loss, good_steps = network.sums.tolist()
@@ -283,64 +280,63 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: t
 def validate(run: Run, network: TrainingState, data: StageInput, tiles: torch.Tensor) -> dict:
     """Return lib.evaluate's figures of the averaged weights on tiles, and the "figure" that
     decides on the best weights, the higher the better."""
-    batches = (data.windows(part, run.cfg.first_class) for part in tiles.split(64))
+    batches = (data.windows(part) for part in tiles.split(64))
     record = lib.evaluate(network.ema.model, batches, run.dtype, run.cfg.first_class,
-                          gamma=run.cfg.gamma, alpha=run.cfg.alpha)
-    figure = record["score"] if run.cfg.select == "score" else -record["val_loss"]
+                          lambda logits, target: loss_of(run.cfg, logits, target))
+    figure = record["score"] if run.cfg.monitor == "score" else -record["val_loss"]
     return record | {"figure": figure if np.isfinite(figure) else -1e9}  # nothing is labelled
 
 
-def next_epoch(run: Run, stage: int, net: int, network: TrainingState, whole: StageInput,
-               small: StageInput | None, epochs: int) -> None:
-    """Train a network for its next epoch, of so many in all, on whole images or small ones,
-    validate it, and note what came of it."""
+def next_epoch(run: Run, stage: int, net: int, network: TrainingState, inputs: dict) -> None:
+    """Train a network for its next epoch, on whole images or those of half the side, validate it,
+    and note what came of it."""
     cfg, start, epoch = run.cfg, time.monotonic(), len(network.history) + 1
-    data = small if is_small(cfg, stage, epoch, epochs) else whole
+    progress = stage_progress(run, stage, epoch - 1)
+    half_sized = stage == 1 and progress < cfg.half_sized
+    data = inputs["half" if half_sized else "whole"][network.device]
     own = run.fold_of == net % run.plan.folds
-    train, val = (torch.from_numpy(np.flatnonzero(chosen)).to(network.device)
-                  for chosen in (~own, own))
-    if cfg.cooldown:
-        network.rate = learning_rate(cfg, stage, epoch, epochs)
-    if stage == 2 and cfg.refine == "correct" and epoch == 1:  # stage 1's weights may stay the best
+    train = torch.from_numpy(np.flatnonzero(~own)).to(network.device)
+    val = torch.from_numpy(np.flatnonzero(own)).to(network.device)
+    if stage == 2 and cfg.refine == "correct" and epoch == 1:  # stage 1's weights may stay best
         network.keep_if_best(validate(run, network, data, val)["figure"])
-    record = {"loss": train_one_epoch(run, network, data, train, (stage, net, epoch)),
-              **validate(run, network, data, val), "lr": network.rate}
-    if not cfg.cooldown:
-        network.lower_rate(record["figure"])
+    lr = learning_rate(cfg, stage, progress, network.history)
+    network.set_lr(lr)
+    loss = train_one_epoch(run, network, data, train, (stage, net, epoch))
+    record = {"loss": loss, "lr": lr, **validate(run, network, data, val)}
     network.history.append(record | {"seconds": time.monotonic() - start})
-    # of small images the last is the best, until there is one of whole images
-    network.keep_if_best(-np.inf if data is small else record["figure"])
+    # of half-sized images the last epoch is the best, until there is one of whole images
+    network.keep_if_best(-np.inf if half_sized else record["figure"])
+    in_vain = epoch - network.best_epoch
+    network.finished = in_vain >= cfg.patience or stage_progress(run, stage, epoch) >= 1
 
 
-def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
+def train_stage(run: Run, stage: int, data: StageInput,
                 parents: list[list[lib.UNet]] | None = None) -> list[list[lib.UNet]]:
     """Train all networks of a stage side by side, each rank its share, from their fold's parents
-    if there are any, until the clock's deadline; return each fold's with their best weights."""
+    if there are any; return each fold's with their best weights."""
     cfg, plan, ranks = run.cfg, run.plan, run.ranks
-    channels = data.windows(data.fold_of[:1] * 0, cfg.first_class)[0].shape[1]
+    channels = data.windows(data.fold_of[:1] * 0)[0].shape[1]
     networks = [new_network(run, stage, net, channels,
                             parents[net % plan.folds][net // plan.folds] if parents else None)
                 for net in range(plan.folds * plan.seeds)]
     mine = networks[ranks.rank::ranks.world]
     for network in mine:
         network.resume()
-    small = data.halved(cfg.paste) if is_small(cfg, stage, 1, plan.epochs[stage - 1]) else None
-    inputs = {device: (data.to(device), small and small.to(device))
-              for device in set(run.workers.devices)}
+    if cfg.test and not all(network.finished for network in mine):
+        raise UserError(f"--test: first finish the run in {cfg.out}, without --test")
+    devices = set(run.workers.devices)
+    inputs = {"whole": {device: data.to(device) for device in devices}}
+    if stage == 1 and cfg.half_sized:
+        half = data.halved(cfg.copy_paste)
+        inputs["half"] = {device: half.to(device) for device in devices}
 
-    def cost(epoch: int, epochs: int) -> float:
-        return epoch_seconds(cfg, plan, stage, epoch, epochs)
+    def advance(network: TrainingState) -> None:
+        next_epoch(run, stage, networks.index(network), network, inputs)
 
-    def time_left(pace: float) -> float:  # predictions will be slower too
-        return deadline - run.clock.used() - plan.predict_seconds * max(0.0, pace - 1)
-
-    def advance(network: TrainingState, device: torch.device, epochs: int) -> None:
-        next_epoch(run, stage, networks.index(network), network, *inputs[device], epochs)
-
-    table = lib.Timetable(mine, plan.epochs[stage - 1], cost, time_left, cfg.patience,
-                          len(run.workers.devices))
-    lib.train_side_by_side(f"stage {stage}", table, advance, run.workers)
-    ranks.gather(networks)  # and each ema.model gets its best weights
+    progress = lib.Progress(f"stage {stage}", mine, plan.epochs[stage - 1],
+                            lambda: run.clock.minutes_until(plan.times[stage - 1][1]))
+    lib.train_side_by_side(mine, advance, run.workers, progress)
+    ranks.gather(networks)
     run.histories |= {(stage, net): network.history for net, network in enumerate(networks)}
     models = [network.ema.model for network in networks]
     return [models[fold::plan.folds] for fold in range(plan.folds)]
@@ -348,286 +344,294 @@ def train_stage(run: Run, stage: int, data: StageInput, deadline: float,
 
 # --------------------------------------------------------------------------------------- the plan
 
-# folds, width, pixels of a window beyond its tile, epochs of stage 1 for which there must be time;
-# best first
-SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 84), (4, 16, 32, 84), (4, 16, 0, 22),
+# folds, width, context padding in pixels, epochs of stage 1 for which there must be time; best
+# first
+SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 84), (4, 16, 32, 60), (4, 16, 0, 22),
          (3, 16, 0, 17), (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
 
-def make_plan(cfg: Config, task: lib.Task, measured: Plan, seconds: float, sizes=SIZES) -> Plan:
-    """Return the Plan of what fits into 15/16 of the seconds left, given one of known speed."""
-    most_around = min(task.height, task.width) // 2 * task.frames
-    small = measured.speed / measured.small_speed  # time of a small image, against a whole one
-    shown = 1 + task.rare * (cfg.rare_repeat - 1)  # how often an image is, in an epoch of stage 1
-    later = 1.5 * (shown if cfg.refine == "background" else 1)  # in stage 2, at 1.5 times the cost
-    second_epochs = 1.0 if cfg.epochs else cfg.second_epochs    # a share of stage 1's
+def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float) -> Plan:
+    """Return the Plan of what fits into the time, in seconds, given one of measured speed."""
+    seconds = limit - used
+    most_padding = min(task.height, task.width) // 2 * task.frames
+    half = measured.speed / measured.half_speed  # time of a half-sized image, against a whole one
+    later = 1.5 * (task.shown if cfg.refine == "background" else 1)  # stage 2's input costs more
+    second_epochs = 1.0 if cfg.epochs else cfg.second_epochs         # a share of stage 1's
 
-    def draft(folds: int, seeds: int, width: int, around: int) -> tuple[Plan, float]:
+    def draft(folds: int, seeds: int, width: int, padding: int) -> tuple[Plan, float]:
         """Return a plan of this size, and how many epochs of stage 1 there is time for."""
-        plan = replace(measured, folds=folds, seeds=seeds, width=width, around=around,
-                       **task.share_cores(folds, seeds, cfg.streams))
-        speed = measured.speed * task.relative_speed(plan) / task.relative_speed(measured)
-        predict = task.predict_seconds(plan, speed, cfg.stages, 1 + cfg.tta)
-        whole, second = (task.epoch_seconds(plan, speed, times) for times in (shown, later))
-        cost = whole * (1 - (1 - small) * cfg.small_share)  # of an epoch, and its share of stage 2
-        cost += second * second_epochs * (cfg.stages - 1)
-        cost *= task.networks(folds, seeds) / plan.workers
-        affordable = 0.9375 * (seconds - predict) / cost
+        networks = -(-folds * seeds // task.ranks)
+        workers = min(networks, task.gpus * cfg.streams or task.cores)
+        plan = replace(measured, folds=folds, seeds=seeds, width=width, padding=padding,
+                       workers=workers, threads=1 if task.gpus else task.cores // workers)
+        speed = measured.speed * relative_speed(task, plan) / relative_speed(task, measured)
+        trained = task.images * (1 - 1 / (folds if folds > 1 else 7))
+        whole = task.shown * trained * workers / speed  # a worker's seconds
+        second = later * trained * workers / speed
+        tile = (task.height * task.width) / ((task.height + padding) * (task.width + padding))
+        views = seeds * cfg.stages * (1 + cfg.tta)
+        predict = task.area * folds * (0.3 * views * tile / speed + 4e-3 / task.cores)
+        predict *= 1.4  # the machine may be busier then
+        training = max(1.0, 0.97 * seconds - predict)
+        cost = whole * (1 - (1 - half) * cfg.half_sized)  # of an epoch, and its share of stage 2
+        later_cost = second * second_epochs * (cfg.stages - 1)
+        affordable = 0.95 * training / ((cost + later_cost) * networks / workers)
         first = cfg.epochs or max(1, min(cfg.most_epochs, int(affordable)))
-        epochs = first, max(1, round(first * second_epochs)) * (cfg.stages - 1)
-        return replace(plan, epochs=epochs, predict_seconds=predict,
-                       epoch_seconds=((small * whole, whole), (second, second))), affordable
+        epochs = first, max(1, round(first * second_epochs))
+        ends = np.cumsum([used, training * cost / (cost + later_cost), predict / 2,
+                          training * later_cost / (cost + later_cost)]) / limit
+        return replace(plan, epochs=epochs, times=(tuple(ends[:2]), tuple(ends[2:]))), affordable
 
-    for folds, width, around, least in sizes:
-        least = max(least, cfg.epochs) if around else least  # tiles alone unless they fit
-        plan, affordable = draft(cfg.folds or min(folds, task.train), cfg.seeds or 1,
-                                 cfg.width or width, min(around, most_around))
+    for folds, width, padding, least in SIZES:
+        least = max(least, cfg.epochs) if padding else least  # tiles alone unless they fit
+        plan, affordable = draft(cfg.folds or min(folds, task.images), cfg.seeds or 1,
+                                 cfg.width or width, min(padding, most_padding))
         if affordable >= least:
             break
     while not (cfg.seeds or cfg.epochs) and plan.seeds < 8:
-        larger, affordable = draft(plan.folds, plan.seeds + 1, plan.width, plan.around)
+        larger, affordable = draft(plan.folds, plan.seeds + 1, plan.width, plan.padding)
         if affordable < 0.75 * cfg.most_epochs:
             break
         plan = larger
     return plan
 
 
-def measure_speed(run: Run) -> Plan:
-    """Return the run's plan with the training images/s of all its workers at once."""
-    put_on_device(run)
-    cfg, n = run.cfg, len(run.data.images)
-    sizes = [run.tiles, run.tiles.halved(cfg.paste)] if cfg.small_share else [run.tiles]
+def measure_speed(run: Run, data: StageInput) -> float:
+    """Return the training images/s of all workers at once, each training a network, validation
+    included."""
+    networks = [new_network(run, 1, i * run.ranks.world) for i in range(len(run.workers.devices))]
 
-    def train(network: TrainingState, data: StageInput, steps: int) -> int:
-        every = torch.arange(n, device=network.device).repeat(1 + steps * cfg.batch_size // n)
-        train_one_epoch(run, network, data, every, (0, 0, 0), steps)
-        images = steps * batch_size(cfg, len(every))
-        validate(run, network, data, every[:-(-images // 4)])  # as many as of 4 folds
+    def train(network: TrainingState, steps: int) -> int:
+        every = len(run.data.images)
+        images = steps * batch_size(run.cfg, every)
+        tiles = torch.arange(every + images, device=network.device) % every
+        own = data.to(network.device)
+        train_one_epoch(run, network, own, tiles, (0, 0, 0), steps)
+        validate(run, network, own, tiles[:-(-images // 4)])  # as many as of 4 folds
         return images
 
-    networks = [new_network(run, 1, i * run.ranks.world) for i in range(len(run.workers.devices))]
-    speeds = lib.training_speed(run.workers, networks, sizes, train)
-    return replace(run.plan, speed=speeds[0], small_speed=speeds[-1])
+    return lib.measure_speed(run.workers, networks, train)
 
 
-def plan_run(run: Run, devices: list[torch.device], task: lib.Task) -> Plan:
-    """Return the plan for the time left: a first one from the speed of a small network, and a
-    second one from the speed of what the first one chose."""
+def plan_run(run: Run, task: Task) -> Plan:
+    """Return the plan for the time left, from the speed of a network of width 16, on GPUs 32."""
     cfg = run.cfg
-    run.plan = replace(run.plan, width=cfg.width or 16,
-                       workers=task.gpus * cfg.streams or task.cores)
-    run.workers = lib.Workers(devices, run.plan.workers)
-    measured = measure_speed(run)
-    plan = make_plan(cfg, task, measured, run.clock.left())
-    if (plan.width, plan.around, plan.workers) == (run.plan.width, 0, run.plan.workers):
-        return plan
-    run.plan = replace(plan, predict_seconds=-np.inf)
-    run.workers = lib.Workers(devices, plan.workers, plan.threads)
-    cfg = replace(cfg, folds=plan.folds, seeds=plan.seeds)
-    return make_plan(cfg, task, measure_speed(run), run.clock.left(),
-                     [(plan.folds, plan.width, plan.around, 0)])
+    workers = task.gpus * cfg.streams or task.cores
+    run.plan = replace(run.plan, width=cfg.width or (32 if task.gpus else 16), workers=workers)
+    run.workers = lib.Workers(run.workers.devices, workers)
+    data = put_on_device(run)
+    speed = half_speed = measure_speed(run, data)
+    if cfg.half_sized:
+        half_speed = measure_speed(run, data.halved(cfg.copy_paste))
+    measured = replace(run.plan, speed=speed, half_speed=half_speed)
+    return make_plan(cfg, task, measured, run.clock.used(), run.clock.limit)
 
 
 # ------------------------------------------------------------------------------------- two stages
 
-def predict(run: Run, stage: list[list[lib.UNet]], data: StageInput) -> np.ndarray:
-    """Return each fold's mean probabilities of all tiles, in 1/255, uint8 (folds, T, C, H, W), from
-    whole frames with a rim of mirrored pixels: 2.6 GB of the competition's 12,600. A fold is not
-    asked about frames that hold neither its own tiles nor test tiles: there 0 stays."""
-    first_class, fold_of = run.cfg.first_class, data.fold_of.cpu().numpy()
-    most_tiles = 64 if data.images.device.type == "cpu" else 256  # at once
-    probs = np.zeros((len(stage), len(fold_of), NUM_CLASSES, *data.images.shape[1:]), np.uint8)
-    fused = [[lib.fused(model) for model in models] for models in stage]
-
-    def answer(part: tuple[int, np.ndarray]) -> None:
-        fold, frames = part
-        every = torch.from_numpy(frames).to(data.images.device)
-        batch = max(1, most_tiles // int(data.frames.size[every[0]].prod()))
-        said = lib.predict_probs(fused[fold],
-                                 lambda part: data.whole_frames(every[part], fold, first_class),
-                                 len(frames), run.dtype, first_class, run.cfg.tta, data.rim, batch)
-        tiles, values = data.frames.cut(frames, said)
-        probs[fold, tiles] = values
-
-    run.workers.map(answer, [
-        (fold, frames) for fold in range(len(stage))
-        for frames in data.frames.batches((fold_of == fold) | (fold_of < 0), 256)])
-    return probs
-
-
-def second_input(run: Run, said: np.ndarray, evidence: np.ndarray | None) -> StageInput:
-    """Return stage 2's input, given what each fold said before, uint8 (folds, T, C, H, W), and what
-    it heard of the frames, (folds, T, C, h, w), if any."""
+def second_input(run: Run, probs: np.ndarray, log_ratios: np.ndarray | None) -> StageInput:
+    """Return stage 2's input, given each fold's probabilities, bytes (folds, T, C, H, W), and the
+    context, (folds, T, C, h, w), if there is any."""
     cfg, data, device = run.cfg, run.tiles, run.workers.devices[0]
-    background, tiles = cfg.refine == "background", len(said[0])
-    cleaned = torch.from_numpy(np.stack(run.helpers.map(
-        lambda one: lib.clean_masks(lib.decide(one, lib.PLAIN, cfg.first_class)), said))).to(device)
-    if evidence is not None:
-        evidence = torch.from_numpy(evidence[:, :, cfg.first_class:]).to(device)
-    # what stage 2 does not answer it does not learn either
-    own = cleaned[data.fold_of.clamp_min(0), torch.arange(tiles, device=device)]
-    ignored = own != 0 if background else data.is_rare[data.targets.clamp_min(0).int()]
+    published = cfg.refine == "background"
+    masks = lib.clean_likeliest(probs, cfg.first_class, run.helpers.map)
+    masks = torch.from_numpy(masks).to(device)
+    if log_ratios is not None:
+        log_ratios = torch.from_numpy(log_ratios[:, :, cfg.first_class:]).to(device)
+    # what stage 2 does not predict it does not learn either
+    if published:
+        every = torch.arange(masks.shape[1], device=device)
+        ignored = masks[data.fold_of.clamp_min(0), every] != 0
+    else:
+        ignored = data.is_rare[data.targets.clamp_min(0).int()]
     # our networks begin with what stage 1 learnt from patches; the published ones begin anew
-    return replace(data, targets=torch.where(ignored, -1, data.targets), same_fold=True,
-                   paste=cfg.paste if background else 0.0, cleaned=cleaned,
-                   confidence=torch.from_numpy(said.max(2)).to(device), evidence=evidence,
-                   only_flag=background)
+    return replace(data, targets=torch.where(ignored, -1, data.targets),
+                   paste=cfg.copy_paste if published else 0.0, masks=masks, flag_only=published,
+                   confidence=torch.from_numpy(probs.max(2)).to(device), context=log_ratios)
 
 
 def keep_first(run: Run, data: StageInput, before: np.ndarray, after: np.ndarray) -> None:
-    """Change what stage 2 said after its input, in place: as before are rare classes or, as
-    published, all that is not background."""
-    def keep(fold: int) -> None:
-        if run.cfg.refine == "background":
-            first = data.cleaned[fold].cpu().numpy()[:, None] != 0
-            np.copyto(after[fold], before[fold], where=first)
-        else:
-            after[fold] = lib.keep_classes(before[fold], after[fold], run.is_rare)
+    """Change stage 2's probabilities, in place: as before are those of rare classes or, as
+    published, of all that stage 1 did not call background."""
+    def keep(part: slice) -> None:
+        for fold in range(len(after)):
+            if run.cfg.refine == "background":
+                kept = data.masks[fold, part].cpu().numpy()[:, None] != 0
+                np.copyto(after[fold, part], before[fold, part], where=kept)
+            else:
+                first, second = (lib.from_bytes(probs[fold, part]) for probs in (before, after))
+                after[fold, part] = lib.to_bytes(lib.keep_classes(first, second, run.is_rare))
 
-    run.helpers.map(keep, range(len(after)))
+    lib.map_slices(keep, after.shape[1], pmap=run.helpers.map)
 
 
-def conclude(run: Run, name: str, said: np.ndarray) -> None:
-    """Score what each fold said in a step, uint8 (folds, T, C, H, W), and answer for the test set:
-    by the folds' mean; a rare class is elected by those whose answer it is. Note both in run."""
-    data, first_class, folds, n = run.data, run.cfg.first_class, len(said), len(run.data.masks)
-    probs = said[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
-    labels, scores = lib.score_step(probs, data.masks, run.fold_of, folds, first_class,
-                                    run.cfg.fit_rare, run.helpers.map)
-    classes = np.arange(NUM_CLASSES)[:, None, None]
-
-    def answer(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        sums = np.zeros((len(tiles), *said.shape[2:]), np.uint16)
-        votes = np.zeros(sums.shape, np.uint8)
-        for one in said:
-            sums += one[tiles]
-            votes += lib.decide(one[tiles], scores["rule"], first_class)[:, None] == classes
-        elected = lib.elect(sums, votes, folds, run.is_rare, first_class)
-        return lib.clean_masks(elected), sums.max(1).mean((1, 2)) / (255 * folds)
-
-    answers = run.helpers.map_parts(answer, np.arange(n, said.shape[1]), 64)
-    answers.append((data.test_images[:0], np.zeros(0)))  # perhaps there are no others
-    tests, sure = map(np.concatenate, zip(*answers, strict=True))
+def conclude(run: Run, name: str, probs: np.ndarray) -> None:
+    """Score each fold's probabilities after a step, bytes (folds, T, C, H, W), out of fold, predict
+    the test set by their mean, and note both in run."""
+    data, plan, pmap = run.data, run.plan, run.helpers.map
+    n, first_class, scored = len(data.masks), run.cfg.first_class, run.fold_of >= 0
+    own = probs[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
+    factors = np.ones((1 + len(probs), NUM_CLASSES))  # the submission's, and each fold's
+    peaks = test_peaks = np.zeros(NUM_CLASSES)
+    if run.cfg.fit_thresholds and len(probs) > 1:
+        # a part must somewhere be that sure; means of several networks never are as sure as one
+        peaks = run.is_rare * (0.8 if plan.seeds == 1 else 0.5)
+        test_peaks = run.is_rare * 0.5
+        factors = lib.cross_fit_thresholds(own, data.masks, run.fold_of, peaks, pmap)
+    labels = lib.decide(own, factors[1 + run.fold_of.clip(0)], first_class, peaks, pmap)
+    labels[~scored] = 0
+    test_probs = lib.mean_of_folds(probs[:, n:], pmap)
+    tests = lib.decide(test_probs, factors[:1].repeat(len(test_probs), 0), first_class,
+                       test_peaks, pmap)
+    scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
+    scores |= {"ece": lib.calibration_error(own[scored], data.masks[scored]),
+               "factors": factors[0].tolist()}
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
-    run.steps.append(Step(name, labels, probs.max(1), tests, sure))
+    run.steps.append(Step(name, labels, own, tests, test_probs))
     print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
           f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
 
 
-def refine(run: Run, first: list[list[lib.UNet]], said: np.ndarray) -> None:
-    """Add the frames' evidence to what the first networks said, in place, and train second ones.
+def add_context(run: Run, probs: np.ndarray) -> np.ndarray | None:
+    """Multiply each fold's probabilities, in place, by the context of a tile's frame; return that,
+    log-ratios (folds, T, C, h, w), or None where there are no frames or labels to spare."""
+    if run.place is None or len(probs) == 1:
+        return None
+    masks = run.data.masks
+    log_ratios = lib.context_log_ratios(masks, run.fold_of, run.place, run.helpers.map)
+    own = run.fold_of, np.arange(len(masks))
+    weight = lib.fit_context_weight(probs[own], log_ratios[own], masks, run.helpers.map)
 
-    Ours start from the first ones and correct the common classes alone: they have seen the few
-    images of a rare class so often that a second time only fits those closer.
-    """
-    cfg, masks, evidence = run.cfg, run.data.masks, None
-    if run.place is not None and len(said) > 1:  # of one split there are no labels to spare
-        evidence = lib.frame_evidence(masks, run.fold_of, run.place, run.helpers.map)
-        own = run.fold_of, np.arange(len(masks))
-        strength = lib.fit_strength(said[own], evidence[own], masks, run.helpers.map)
+    def reweigh(part: slice) -> None:
+        for fold in range(len(probs)):
+            floats = lib.from_bytes(probs[fold, part])
+            floats = lib.apply_context(floats, log_ratios[fold, part], weight)
+            probs[fold, part] = lib.to_bytes(floats)
 
-        def reweigh(fold: int) -> None:  # in place: 2.6 GB
-            said[fold] = lib.reweigh(said[fold], evidence[fold], strength, cfg.first_class)
+    lib.map_slices(reweigh, probs.shape[1], pmap=run.helpers.map)
+    conclude(run, "frames", probs)
+    return log_ratios
 
-        run.helpers.map(reweigh, range(len(said)))
-        conclude(run, "frames", said)
-    begun = any(run.state.glob("stage2*"))
-    go = begun or run.clock.used() + run.plan.epoch_seconds[1][1] < run.end
-    if cfg.stages == 1 or not run.ranks.share({"go": go})["go"]:
-        print("no stage 2" + ": the time is up" * (cfg.stages == 2), flush=True)
+
+def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray) -> None:
+    """Add the frames' context to the first networks' probabilities, and train second networks. Ours
+    go on from the first ones, and correct common classes: rare ones were seen too often by then."""
+    log_ratios = add_context(run, probs)
+    if run.cfg.stages == 1:
+        print("no stage 2, as asked", flush=True)
         return
-    second = second_input(run, said, evidence)
-    networks = train_stage(run, 2, second, run.end, first if cfg.refine == "correct" else None)
-    after = predict(run, networks, second)
-    keep_first(run, second, said, after)
+    go = any(run.state.glob("stage2*")) or (stage_progress(run, 2) < 0.8 and not run.cfg.test)
+    if not run.ranks.share({"go": go})["go"]:
+        print("no stage 2: the time is up", flush=True)
+        return
+    second = second_input(run, probs, log_ratios)
+    parents = first if run.cfg.refine == "correct" else None
+    networks = train_stage(run, 2, second, parents)
+    after = lib.predict_tiles(networks, second, run.dtype, run.cfg.tta, run.workers)
+    keep_first(run, second, probs, after)
     conclude(run, "stage2", after)
 
 
 # ---------------------------------------------------------------------------------- the whole run
 
-def open_run(cfg: Config, cores: int = 1) -> Run:
-    """Return the run that cfg describes, new or gone on with: data cleaned, the plan made."""
-    ranks, data = lib.Ranks(), lib.load_data(cfg.data)
+def load(cfg: Config) -> tuple[Config, lib.Data]:
+    """Return the data, with the test set of --test if there is one, and what follows for cfg."""
+    data = lib.load_data(cfg.data)
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
-            cfg = replace(cfg, max_hours=0.04)
-    identity = {"data_sha256": data.sha256, **asdict(cfg)}
-    for key in ("data", "out", "fresh", "max_hours", "device"):  # may change when a run goes on
-        del identity[key]
-    state, lock = lib.open_state(Path(cfg.out).expanduser(), identity, cfg.fresh, ranks)
-    lib.note_code(state, lib.__file__, globals().get("__file__"))
-    clock = lib.Clock(state / "clock.json", cfg.max_hours)
+            cfg = replace(cfg, max_hours=0.033)
+    if cfg.test:
+        lib.load_test_set(data, cfg.test)
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
-        cfg = replace(cfg, small_share=0.0)
+        cfg = replace(cfg, half_sized=0.0)
     print("\n".join(lib.describe(data)), flush=True)
-    devices, why = lib.pick_devices(cfg.device)
-    gpus = len(devices) if devices[0].type == "cuda" else 0
-    helpers, place = lib.Workers([torch.device("cpu")], cores, 1, clock), None
+    return cfg, data
+
+
+def open_run(cfg: Config, cores: int = 1) -> Run:
+    """Return the run that cfg describes, new or gone on with: data cleaned, the plan made."""
+    ranks = lib.Ranks()
+    cfg, data = load(cfg)
+    identity = {"data_sha256": data.sha256, **asdict(cfg)}
+    for key in ("data", "out", "test", "save_probs", "fresh", "max_hours", "device"):
+        del identity[key]  # may change when a run goes on
+    state, lock = lib.open_state(lib.user_path(cfg.out), identity, cfg.fresh, ranks)
+    lib.note_code(state, lib.__file__, globals().get("__file__"))
+    clock = lib.Clock(state / "clock.json", np.inf if cfg.test else cfg.max_hours)
+    devices, reason = lib.pick_devices(cfg.device)
+    helpers = lib.Workers([torch.device("cpu")], cores, 1, clock)
     if cfg.clean:
         lib.clean_data(data, state, cfg.template, cfg.seed, ranks, helpers.map)
-    if cfg.frames:
-        place = lib.find_frames(data, state, devices[0], ranks, helpers.map)
+    place = lib.find_frames(data, state, devices[0], ranks, helpers.map) if cfg.frames else None
     lib.keep_freed_memory()  # not before: the frames' peak would stay
-    is_rare = lib.rare_classes(data.masks)
-    run = Run(cfg, state, clock, ranks, lock, data, is_rare, place,
-              lib.Workers(devices, len(devices)), helpers, fold_of=np.full(len(data.images), -1))
+    run = Run(cfg, state, clock, ranks, lock, data, lib.rare_classes(data.masks), place,
+              lib.Workers(devices, len(devices)), helpers, Plan("float32"),
+              np.full(len(data.images), -1))
+    gpus = len(devices) if devices[0].type == "cuda" else 0
     if ranks.rank == 0 and not (state / "plan.json").exists():  # else it is kept
-        dtype, why_dtype = lib.pick_precision(devices[0], cfg.precision)
-        print(f"device: {', '.join(map(str, devices))} ({why}); {dtype} ({why_dtype})", flush=True)
+        dtype, why = lib.pick_precision(devices[0], cfg.precision)
+        print(f"device: {', '.join(map(str, devices))} ({reason}); {dtype} ({why})", flush=True)
         run.plan = Plan(str(dtype).removeprefix("torch."))
-        put_on_device(run)
-        task = lib.Task(len(data.images), float(is_rare[data.masks].any((1, 2)).mean()),
-                        *data.images.shape[1:], run.tiles.area, place is not None, cores, gpus,
-                        ranks.world)
-        lib.write_json(state / "plan.json", asdict(plan_run(run, devices, task)))
-    plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
+        holds_rare = run.is_rare[data.masks].any((1, 2)).mean()
+        frames = lib.Frames.lay_out(place, len(data.images) + len(data.test_images))
+        task = Task(len(data.images), float(1 + holds_rare * (cfg.oversample - 1)),
+                    *data.images.shape[1:], frames.area(data.images.shape[1:], cfg.rim),
+                    place is not None, cores, gpus, ranks.world)
+        lib.write_json(state / "plan.json", asdict(plan_run(run, task)))
+    run.plan = plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
     count = min(-(-plan.folds * plan.seeds // ranks.world),
                 gpus * cfg.streams or max(1, cores // plan.threads))
     run.workers = lib.Workers(devices, count, plan.threads, clock)
-    slower = max(1.0, plan.workers / count)  # than the machine that the plan was made on
-    run.plan = plan = replace(plan, predict_seconds=plan.predict_seconds * slower)
     run.fold_of = lib.make_folds(data.images, data.masks, plan.folds, cfg.seed)
-    put_on_device(run)
-    print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, around {plan.around}"
-          f", {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, {plan.speed:.0f} images"
-          f" a second, {max(0, clock.left()) / 60:.1f} minutes left", flush=True)
+    run.tiles = put_on_device(run)
+    print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, context "
+          f"padding {plan.padding}, {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, "
+          f"{plan.speed:.0f} images a second", flush=True)
     return run
+
+
+def write_outputs(run: Run, best: Step) -> None:
+    """Write the submission, then all that describes it, in which a mistake costs nothing else."""
+    cfg, metrics, data, out = run.cfg, run.metrics, run.data, run.state.parent
+    suffix = f"_{Path(cfg.test).stem}" if cfg.test else ""
+    if len(best.tests):
+        lib.submit(out / f"submission{suffix}.csv", best.tests, cfg.first_class)
+    with lib.going_on(metrics):
+        if len(best.tests):
+            metrics |= lib.describe_test(best.tests, best.test_probs, data.test_labels)
+        if cfg.save_probs:
+            lib.save_probabilities(out / f"probabilities{suffix}.npz", best.probs, best.test_probs)
+    metrics["minutes"] = round(run.clock.used() / 60, 2)
+    with lib.going_on(metrics):
+        if not suffix:
+            facts = {**lib.fingerprint(data), **asdict(cfg), **asdict(run.plan)}
+            labels = {step.name: step.labels for step in run.steps}
+            lib.write_report(out, metrics, run.histories, facts, data, run.fold_of >= 0, labels,
+                             lib.from_bytes(best.probs.max(1)), run.place, best.tests, run.is_rare)
+    lib.write_json(out / f"metrics{suffix}.json", metrics)
+    for file in sorted(out.glob("*.*")):
+        print(f"written: {file}")
 
 
 def solve(cfg: Config, cores: int = 1) -> dict:
     """Run everything and return the metrics that metrics.json holds; a rank but the first: none."""
     run = open_run(cfg, cores)
-    plan, out = run.plan, run.state.parent
-    shape = ("folds", "seeds", "width", "around", "epochs", "precision")
-    run.metrics |= {"recipe": cfg.recipe, **{name: getattr(plan, name) for name in shape}}
-    work = [sum(epoch_seconds(run.cfg, plan, stage, i + 1, epochs) for i in range(epochs))
-            for stage, epochs in enumerate(plan.epochs, 1)]
-    for_stage_2 = (run.end - run.clock.used()) * work[1] / sum(work)
-    first = train_stage(run, 1, run.tiles, run.end - for_stage_2)
-    said = predict(run, first, run.tiles)
-    conclude(run, "stage1", said)
+    shape = ("folds", "seeds", "width", "padding", "epochs", "precision")
+    run.metrics |= {"recipe": cfg.recipe, **{name: getattr(run.plan, name) for name in shape}}
+    first = train_stage(run, 1, run.tiles)
+    probs = lib.predict_tiles(first, run.tiles, run.dtype, cfg.tta, run.workers)
+    conclude(run, "stage1", probs)
+    lib.warn_of_chance(run.metrics["stage1_miou"], run.data.masks)
     with lib.going_on(run.metrics):
-        refine(run, first, said)
+        refine(run, first, probs)
     if run.ranks.rank:
         return {}
     best = max(run.steps, key=lambda step: run.metrics[f"{step.name}_miou"])
-    best = best if cfg.refine == "correct" else run.steps[-1]  # as published
+    if cfg.refine == "background":  # as published
+        best = run.steps[-1]
     run.metrics["submitted"] = best.name
-    if len(best.tests):
-        lib.submit(out / "submission.csv", best.tests, cfg.first_class)
-        with lib.going_on(run.metrics):
-            run.metrics |= lib.describe_labels(best.tests, best.sure, run.data.test_labels)
-    run.metrics["minutes"] = round(run.clock.used() / 60, 2)
-    with lib.going_on(run.metrics):
-        facts = {"command": lib.to_command(run.cfg, RECIPES[cfg.recipe]),
-                 **lib.fingerprint(run.data), **asdict(run.cfg), **asdict(plan)}
-        labels = {step.name: step.labels for step in run.steps}
-        lib.write_report(out, run.metrics, run.histories, facts, run.data, run.fold_of >= 0, labels,
-                         best.confidence, run.place, best.tests)
-    lib.write_json(out / "metrics.json", run.metrics)
-    for file in sorted(out.glob("*.*")):
-        print(f"written: {file}")
+    write_outputs(run, best)
     return run.metrics
 
 
@@ -635,9 +639,18 @@ def main(argv: list[str]) -> int:
     """Run the command line argv; return its exit status: 0, 2 a user's mistake, 3 a mistake in the
     code after stage 1, in spite of which there is a submission, 130 Ctrl-C, 143 SIGTERM."""
     def command() -> int:
-        with lib.single_threaded() as cores:
+        # beside busy processes the threads of an operation wait for one another, and sums of one
+        # thread are the same on every machine; the cores are shared by our own workers
+        cores = torch.get_num_threads()
+        torch.set_num_threads(1)
+        cv2.setNumThreads(1)
+        try:
             metrics = solve(parse(argv), cores)
-        lib.print_metrics(metrics)
+        finally:
+            torch.set_num_threads(cores)
+        for key, value in metrics.items():
+            if not key.endswith("confusion"):
+                print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
         return 3 if "degraded" in metrics else 0
 
     return lib.run_command(command)

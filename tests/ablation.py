@@ -4,12 +4,13 @@
     python tests/ablation.py --data FILE --out OUT [the same options]
     python tests/ablation.py --group-frames --data FILE --out OUT2 [options]
 
-The first, without any training, takes the first networks of a finished run and prints the competition's score
-out of fold, over all pixels: of stage 1, of stage 1 with the frames' evidence, and with the same tiles put at
-random places of the same frames, three times: a gain must vanish there.
+The first, without any training, takes the first networks of a finished run and prints the
+competition's score out of fold, over all pixels: of stage 1, of stage 1 with the frames' context,
+and with the same tiles put at random places of the same frames, three times: a gain must vanish
+there.
 
-With --group-frames a run of its own is trained and scored, in which no frame is in two folds: a validated
-tile is one of a new frame, of which no label is known. To measure, not to submit.
+With --group-frames a run of its own is trained and scored, in which no frame is in two folds: a
+validated tile is one of a new frame, of which no label is known. To measure, not to submit.
 """
 import dataclasses
 import sys
@@ -17,7 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cv2
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -29,8 +32,8 @@ folds_of_images = lib.make_folds  # as it is before train_on_whole_frames replac
 
 def folds_of_frames(images: np.ndarray, masks: np.ndarray, folds: int, seed: int,
                     frame: np.ndarray) -> np.ndarray:
-    """Return the fold of each image, (N,), as lib.make_folds does, with equal images and all images of a
-    frame, int (N,), -1: of none, in one fold."""
+    """Return the fold of each image, (N,), as lib.make_folds does, with equal images and all images
+    of a frame, int (N,), -1: of none, in one fold."""
     n = len(images)
     copy_of = np.unique(images.reshape(n, -1), axis=0, return_inverse=True)[1].ravel()
     alone = frame.max() + 1 + np.arange(n)
@@ -43,7 +46,8 @@ def folds_of_frames(images: np.ndarray, masks: np.ndarray, folds: int, seed: int
     if count < max(2, folds):
         raise lib.UserError(f"--folds {folds}: the training set has only {count} different frames; "
                             "leave out --group-frames")
-    return folds_of_images(tied[:, None], masks, folds, seed)  # a group's number in place of its images
+    # a group's number in place of its images
+    return folds_of_images(tied[:, None], masks, folds, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +61,10 @@ def train_on_whole_frames(cfg: solve.Config, cores: int) -> dict:
     """Train and score a run whose folds are made of whole frames, and return its metrics."""
     if not cfg.frames:
         raise lib.UserError("--group-frames: --recipe paper and --no-frames look for none")
-    found = Path(cfg.out).expanduser() / "state" / "frames.pt"
+    state = Path(cfg.out).expanduser() / "state"
 
     def make_folds(images: np.ndarray, masks: np.ndarray, folds: int, seed: int) -> np.ndarray:
+        found, = state.glob("frames_*.pt")
         place = lib.load_checkpoint(found)["place"].numpy()
         return folds_of_frames(images, masks, folds, seed, place[0, :len(images)])
 
@@ -68,7 +73,8 @@ def train_on_whole_frames(cfg: solve.Config, cores: int) -> dict:
         metrics = solve.solve(WholeFrames(**vars(cfg)), cores)
     finally:
         lib.make_folds = folds_of_images
-    lib.print_metrics(metrics)
+    for key in ("stage1_miou", "frames_miou", "stage2_miou", "submitted"):
+        print(f"{key}: {metrics.get(key)}")
     return metrics
 
 
@@ -80,8 +86,7 @@ def first_networks(run: solve.Run) -> list[list[lib.UNet]]:
         network.resume()
         if not network.finished:
             raise lib.UserError(f"{run.state.parent}: no finished first stage")
-        network.ema.model.load_state_dict(network.best)
-        models.append(network.ema.model.eval())
+        models.append(network.ema.model)
     return [models[fold::run.plan.folds] for fold in range(run.plan.folds)]
 
 
@@ -92,28 +97,19 @@ def compare_places(cfg: solve.Config, cores: int) -> dict[str, float]:
     run = solve.open_run(cfg, cores)
     if run.place is None or run.plan.folds < 2:
         raise lib.UserError(f"{run.state.parent}: no frames, or one fold alone")
-    said = solve.predict(run, first_networks(run), run.tiles)
-    masks, fold_of = run.data.masks, run.fold_of
-    own = fold_of, np.arange(len(masks))  # what is said of a tile by those who never saw its label
-    probs, scores = said[own], {}
-
-    def note(name: str, probs: np.ndarray) -> None:
-        found = lib.score_step(probs, masks, fold_of, run.plan.folds, cfg.first_class, cfg.fit_rare,
-                               run.helpers.map)[1]
-        scores[name] = found["miou"]
-        print(f"{name}: {found['miou']:.4f} ± {found['fold_std']:.4f}", flush=True)
-
-    rng, true, placed = np.random.default_rng(0), run.place, np.flatnonzero(run.place[0] >= 0)
-    places = {"with frames": true}
+    probs = lib.predict_tiles(first_networks(run), run.tiles, run.dtype, cfg.tta, run.workers)
+    solve.conclude(run, "stage1", probs)
+    scores = {"stage 1": run.metrics["stage1_miou"]}
+    rng, placed = np.random.default_rng(0), np.flatnonzero(run.place[0] >= 0)
+    places = {"with frames": run.place}
     for draw in range(3):
-        shuffled = true.copy()
-        shuffled[:, placed] = true[:, rng.permutation(placed)]
+        shuffled = run.place.copy()
+        shuffled[:, placed] = run.place[:, rng.permutation(placed)]
         places[f"at random places, draw {draw}"] = shuffled
-    note("stage 1", probs)
     for name, place in places.items():
-        evidence = lib.frame_evidence(masks, fold_of, place, run.helpers.map)[own]
-        strength = lib.fit_strength(probs, evidence, masks, run.helpers.map)
-        note(name, lib.reweigh(probs, evidence, strength, cfg.first_class))
+        print(f"{name}:")
+        solve.add_context(dataclasses.replace(run, place=place), probs.copy())
+        scores[name] = run.metrics["frames_miou"]
     return scores
 
 
@@ -121,10 +117,15 @@ def main(argv: list[str]) -> dict:
     """Run the command line argv and return its scores by name, or the metrics of its own run."""
     words = [word for word in argv if word != "--group-frames"]
     cfg = solve.parse(words)
-    with lib.single_threaded() as cores:
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # as solve.main does it
+    cv2.setNumThreads(1)
+    try:
         if len(words) < len(argv):
             return train_on_whole_frames(cfg, cores)
         return compare_places(dataclasses.replace(cfg, fresh=False), cores)
+    finally:
+        torch.set_num_threads(cores)
 
 
 if __name__ == "__main__":

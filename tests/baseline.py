@@ -3,8 +3,9 @@
     pip install --no-deps monai
     python tests/baseline.py --data FILE --out baseline.csv --minutes 55
 
-MONAI's BasicUNet (1.98 M parameters), cross-entropy without background, mirrored images, AdamW, a one-cycle
-rate over as many epochs as the minutes allow, the kit's precision, no image held back. Writes a CSV.
+MONAI's BasicUNet (1.98 M parameters), cross-entropy without background, mirrored images, AdamW, a
+one-cycle rate over as many epochs as the minutes allow, the kit's precision, no image held back.
+Writes a CSV.
 """
 import argparse
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,24 +33,33 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="0: as many as fit into the minutes")
     args = parser.parse_args()
     start, data, ((device, *_), _) = time.monotonic(), lib.load_data(args.data), lib.pick_devices()
-    with tempfile.TemporaryDirectory() as folder, lib.single_threaded() as cores:  # as solve.py does it
+    cores = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "state"  # outliers.csv is written beside it
         state.mkdir()
-        lib.clean_data(data, state, "", 0, lib.Ranks(), lib.Workers([torch.device("cpu")], cores).map)
+        torch.set_num_threads(1)  # as solve.main does it
+        cv2.setNumThreads(1)
+        helpers = lib.Workers([torch.device("cpu")], cores)
+        lib.clean_data(data, state, "", 0, lib.Ranks(), helpers.map)
+        torch.set_num_threads(cores)
     lib.keep_freed_memory()
     dtype, _ = lib.pick_precision(device)
-    images, masks = torch.from_numpy(data.images).to(device), torch.from_numpy(data.masks).long().to(device)
+    images = torch.from_numpy(data.images).to(device)
+    masks = torch.from_numpy(data.masks).long().to(device)
     torch.manual_seed(0)
     model = BasicUNet(2, 1, lib.NUM_CLASSES - 1).to(device, memory_format=torch.channels_last)
-    optimizer, gen = torch.optim.AdamW(model.parameters(), lr=args.lr), lib.generator(device, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+    gen = torch.Generator(device).manual_seed(0)
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
-        x = ((batch.float() - data.mean) / data.std)[:, None].contiguous(memory_format=torch.channels_last)
+        x = ((batch.float() - data.mean) / data.std)[:, None]
+        x = x.contiguous(memory_format=torch.channels_last)
         with lib.autocast(device, dtype):
             return model(x).float()
 
     def train_one_epoch(steps: int | None = None) -> float:
-        total, order = 0.0, torch.randperm(len(images), generator=gen, device=device).split(32)[:steps]
+        total, order = 0.0, torch.randperm(len(images), generator=gen, device=device)
+        order = order.split(32)[:steps]
         for index in order:
             x, y = lib.flip(images[index][:, None], masks[index], -1, gen)
             loss = F.cross_entropy(logits(x[:, 0]), y - 1, ignore_index=-1)  # background is 0
@@ -66,7 +77,8 @@ def main() -> None:
     train_one_epoch(10)
     steps = -(-len(images) // 32)
     seconds = (time.monotonic() - before) / 10 * steps
-    epochs = args.epochs or int((60 * args.minutes - (time.monotonic() - start)) / (1.02 * seconds)) - 1
+    left = 60 * args.minutes - (time.monotonic() - start)
+    epochs = args.epochs or int(left / (1.02 * seconds)) - 1
     print(f"{epochs} epochs of {seconds:.1f} s, {len(images) / seconds:.0f} images/s", flush=True)
     model.load_state_dict(weights)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)

@@ -1,48 +1,27 @@
-"""What all tests share: the path to the kit, and a tiny data set in the competition's layout."""
-
+"""What all tests share: the path to the kit, fixtures, and the markers slow and fault."""
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["OMP_NUM_THREADS"] = "1"  # of the subprocesses too: other threads, other last bits
 
+import kit  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
-GREY = np.array([20, 60, 110, 160, 230])  # of each class: one threshold away from its neighbours
-
-
-def tiny_arrays(n: int = 24, m: int = 6, h: int = 32, w: int = 64, seed: int = 0) -> dict[str, np.ndarray]:
-    """Return tiles of two or three classes side by side under an unlabelled strip; every fourth holds a 6×6
-    rock."""
-    rng = np.random.default_rng(seed)
-    masks = np.zeros((n + m, h, w), np.uint8)
-    for i, mask in enumerate(masks):
-        left, right = rng.permutation([1, 2, 3])[:2]
-        cut = int(rng.integers(w // 4, 3 * w // 4 + 1))
-        mask[h // 8 :, :cut], mask[h // 8 :, cut:] = left, right
-        if i % 4 == 0:
-            y, x = rng.integers(h // 8, max(h // 8 + 1, h - 6)), rng.integers(0, max(1, w - 6))
-            mask[y : y + 6, x : x + 6] = 4
-    images = (GREY[masks] + rng.integers(-12, 13, masks.shape)).astype(np.uint8)
-    return {
-        "training_set": np.stack([images[:n], masks[:n]], 1),
-        "test_set": images[n:],
-        "test_labels": masks[n:],
-    }
-
 
 @pytest.fixture
 def tiny():
     """The factory of tiny data sets, arrays by key."""
-    return tiny_arrays
+    return kit.tiny_arrays
 
 
 @pytest.fixture
@@ -58,22 +37,30 @@ def write_npz(tmp_path):
     return write
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished tiny run, data in mars.npz, output in out: not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    np.savez(folder / "mars.npz", **kit.tiny_arrays())
+    status, _, err = kit.run_main(folder / "mars.npz", folder / "out", "--save-probs")
+    assert status == 0, err
+    return folder
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path) -> Path:
+    """A copy of the finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
 def pytest_configure(config):
-    """Register the marker of tests that are run by hand: pytest tests/ -m long."""
-    config.addinivalue_line("markers", "long: takes minutes; left out unless asked for by -m long")
+    config.addinivalue_line("markers", "slow: takes long by nature; run by pytest tests/ -m slow")
+    config.addinivalue_line("markers", "fault(*rows): guards rows of the list of faults")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the long tests unless they are asked for."""
-    if "long" not in (config.option.markexpr or ""):
-        for item in items:
-            if "long" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="long: pytest tests/ -m long"))
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Count the bad inputs that test_faults tried: each of its tests but those on the file itself is one."""
-    reports = [one for kind in ("passed", "failed") for one in terminalreporter.stats.get(kind, ())]
-    done = [one for one in reports if "test_faults.py::test_" in one.nodeid and "_row" not in one.nodeid]
-    if done:
-        terminalreporter.write_line(f"faults: {len(done)} bad inputs tried")
+    """Leave out the slow tests unless they are asked for."""
+    if "slow" not in (config.option.markexpr or ""):
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]

@@ -1,21 +1,31 @@
-"""Files that are whole or not there, and know their own checksum."""
+"""Section 13: files that are whole or not there, and know their own checksum; the state folder."""
+from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from kit import ROOT
 
 import lib
+
+SAVE_FOR_EVER = """
+import sys, torch, lib
+from pathlib import Path
+for e in range(10**6):
+    state = {"epoch": e, "w": torch.full((300_000,), float(e))}
+    lib.save_checkpoint(Path(sys.argv[1]), state)
+    print(e, flush=True)
+"""
 
 
 class Evil:
@@ -29,238 +39,216 @@ class Evil:
 
 
 def state(epoch):
-    return {
-        "epoch": epoch,
-        "best": None,
-        "history": [{"loss": 0.5, "lr": 1e-3}],
-        "done": False,
-        "weights": {"w": torch.arange(6.0).reshape(2, 3) + epoch},
-    }
+    """Return plain values and a tensor."""
+    return {"epoch": epoch, "best": None, "history": [{"loss": 0.5, "lr": 1e-3}],
+            "w": torch.arange(6.0).reshape(2, 3) + epoch}
 
 
-def saved(tmp_path, *epochs):
-    path = tmp_path / "c.pt"
-    for epoch in epochs:
-        lib.save_checkpoint(path, state(epoch))
-    return path
+def torch_bytes(value):
+    """Return what torch.save writes of it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
-def load(path):
-    """Return what load_checkpoint gives, and the lines that it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        got = lib.load_checkpoint(path)
-    return got, out.getvalue().splitlines()
+@pytest.fixture
+def path(tmp_path):
+    """A checkpoint of epoch 1."""
+    lib.save_checkpoint(tmp_path / "c.pt", state(1))
+    return tmp_path / "c.pt"
 
 
-def test_round_trip(tmp_path):
-    """What was saved is loaded, plain values and tensors, without a word."""
-    got, said = load(saved(tmp_path, 3))
-    assert torch.equal(got["weights"].pop("w"), torch.arange(6.0).reshape(2, 3) + 3)
-    assert got == {
-        "epoch": 3,
-        "best": None,
-        "history": [{"loss": 0.5, "lr": 1e-3}],
-        "done": False,
-        "weights": {},
-    }
-    assert said == []
+def is_refused(path, capsys):
+    """Return whether nothing is loaded and one line names the file."""
+    got, said = lib.load_checkpoint(path), capsys.readouterr().out
+    return got is None and said.count("\n") == 1 and f"{path}: damaged" in said
 
 
-def test_optimizer_and_model_go_on_alike(tmp_path):
-    """A model and an AdamW loaded from a checkpoint take the same next step, bit for bit, as those that went
-    on."""
-    torch.manual_seed(0)
-
-    def parts():
-        model = lib.UNet(1, 4, 2)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        model(torch.linspace(-1, 1, 2 * 32 * 32).reshape(2, 1, 32, 32))[0].square().mean().backward()
-        optimizer.step()
-
-    one = parts()
-    step(*one)
-    lib.save_checkpoint(tmp_path / "c.pt", {"model": one[0].state_dict(), "optimizer": one[1].state_dict()})
-    two, loaded = parts(), load(tmp_path / "c.pt")[0]
-    two[0].load_state_dict(loaded["model"])
-    two[1].load_state_dict(loaded["optimizer"])
-    step(*one)
-    step(*two)
-    for a, b in zip(one[0].state_dict().values(), two[0].state_dict().values(), strict=True):
-        assert torch.equal(a, b)
+def test_what_was_saved_is_loaded(path, capsys):
+    """Plain values and tensors, without a word, the last save alone; no file is None."""
+    (path.parent / "c.pt.tmp").write_bytes(b"half of a new checkpoi")  # as a kill leaves it
+    lib.save_checkpoint(path, state(2))
+    got = lib.load_checkpoint(path)
+    assert torch.equal(got.pop("w"), torch.arange(6.0).reshape(2, 3) + 2)
+    assert got == {"epoch": 2, "best": None, "history": [{"loss": 0.5, "lr": 1e-3}]}
+    assert os.listdir(path.parent) == ["c.pt"]
+    assert lib.load_checkpoint(path.with_name("d.pt")) is None and capsys.readouterr().out == ""
 
 
-def test_no_file_is_none(tmp_path):
-    """Nothing there: None, and no message."""
-    assert load(tmp_path / "c.pt") == (None, [])
-
-
-def test_the_last_one_counts(tmp_path):
-    """Of two saves the second is loaded, and nothing but its file is there."""
-    path = saved(tmp_path, 1, 2)
-    assert load(path)[0]["epoch"] == 2 and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-
-
-def test_one_flipped_bit_anywhere(tmp_path):
-    """200 bits, one at a time, checksum included: nothing is loaded and one line names the file."""
-    path = saved(tmp_path, 1)
-    raw = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for at in [*range(40), *rng.integers(40, len(raw), 159).tolist(), len(raw) - 1]:
+@pytest.mark.fault(41)
+def test_one_flipped_bit_anywhere(path, capsys):
+    """100 bits, one at a time, checksum included: nothing is loaded and one line names the file."""
+    raw, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in [*range(0, 40, 4), *rng.integers(40, len(raw), 89).tolist(), len(raw) - 1]:
         damaged = bytearray(raw)
         damaged[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        got, said = load(path)
-        assert got is None, f"byte {at}"
-        assert len(said) == 1 and str(path) in said[0] and "damaged" in said[0]
+        assert is_refused(path, capsys), f"byte {at}"
 
 
-def evil_bytes(marker):
-    return pickle.dumps(Evil(marker), protocol=2)  # torch's own protocol
-
-
-DAMAGED = {
-    "empty": lambda raw, evil: b"",
-    "one_byte": lambda raw, evil: raw[:1],
-    "checksum_only": lambda raw, evil: raw[:32],
-    "half": lambda raw, evil: raw[: len(raw) // 2],
-    "last_byte_missing": lambda raw, evil: raw[:-1],
-    "grown": lambda raw, evil: raw + b"\0",
-    "text": lambda raw, evil: b"this is not a checkpoint at all, only some words in a file of text\n",
-    "zeros": lambda raw, evil: bytes(len(raw)),
-    "torch_save": lambda raw, evil: raw[32:],
-    "evil_pickle": lambda raw, evil: evil,
-    "evil_pickle_behind_its_checksum": lambda raw, evil: hashlib.sha256(evil).digest() + evil,
-    "evil_torch_save_behind_its_checksum": lambda raw, evil: None,  # made below: it needs torch.save
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGED)
-def test_anything_else_is_refused_and_never_executed(tmp_path, kind):
-    """Empty, cut, text, foreign or evil: nothing is loaded, one line names the file, which stays as it is,
-    and no pickle runs."""
-    path, marker = saved(tmp_path, 1), tmp_path / "executed"
-    evil = evil_bytes(marker)
-    if kind == "evil_torch_save_behind_its_checksum":
-        buffer = io.BytesIO()
-        torch.save({"epoch": 9, "x": Evil(marker)}, buffer)
-        damaged = hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
-    else:
-        damaged = DAMAGED[kind](path.read_bytes(), evil)
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("damage", [
+    lambda raw, evil: b"", lambda raw, evil: raw[:32], lambda raw, evil: raw[:-1],
+    lambda raw, evil: b"only some words in a file of text\n", lambda raw, evil: raw[32:],
+    lambda raw, evil: hashlib.sha256(pickle.dumps(evil, 2)).digest() + pickle.dumps(evil, 2),
+    lambda raw, evil: hashlib.sha256(torch_bytes(evil)).digest() + torch_bytes(evil)])
+def test_anything_else_is_refused_and_never_executed(path, capsys, damage):
+    """Empty, cut, text, foreign or evil, though its checksum is right: nothing is loaded, one line
+    names the file, which stays as it is, and no pickle runs."""
+    marker = path.with_name("executed")
+    damaged = damage(path.read_bytes(), Evil(marker))
     path.write_bytes(damaged)
-    got, said = load(path)
-    assert not marker.exists()
-    assert got is None and len(said) == 1 and str(path) in said[0] and "damaged" in said[0]
-    assert path.read_bytes() == damaged and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    assert is_refused(path, capsys)
+    assert not marker.exists() and path.read_bytes() == damaged
 
 
 def test_the_evil_pickle_would_work(tmp_path):
     """The payload used above does create its file in Python's own loader: the test can fail."""
-    pickle.loads(evil_bytes(tmp_path / "executed")).close()
+    pickle.loads(pickle.dumps(Evil(tmp_path / "executed"), 2)).close()
     assert (tmp_path / "executed").exists()
 
 
-def test_a_save_after_damage_is_a_good_one(tmp_path):
-    """Where a damaged file lies, and half of one that a kill left, a new checkpoint takes their place."""
-    path = saved(tmp_path, 1)
-    path.write_bytes(path.read_bytes()[:-5])
-    (tmp_path / "c.pt.tmp").write_bytes(b"half of a new checkpoi")
-    lib.save_checkpoint(path, state(2))
-    got, said = load(path)
-    assert got["epoch"] == 2 and said == [] and [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-
-
+@pytest.mark.fault(37, 38)
 @pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_killed_before_the_new_one_has_its_name(tmp_path, monkeypatch, where):
-    """A kill after the bytes are written and before the new file has its name: the old one is loaded."""
-    path = saved(tmp_path, 1)
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   KeyboardInterrupt()])
+@pytest.mark.parametrize("write", [
+    lambda path: lib.save_checkpoint(path, state(2)), lambda path: lib.write_json(path, {"a": 2}),
+    lambda path: lib.write_submission(path, np.ones((3, 2, 2), np.uint8))])
+def test_the_old_file_stays_whole(path, monkeypatch, write, error, where):
+    """A full disk or a signal before the new file has its name: the error comes out, naming the
+    file, the old bytes are there, and no half of a file takes the last room."""
+    before = path.read_bytes()
 
-    class Died(BaseException):
-        pass
+    def fail(*_):
+        raise error
 
-    def die(*_):
-        raise Died
-
-    monkeypatch.setattr(os, where, die)
-    with pytest.raises(Died):
-        lib.save_checkpoint(path, state(2))
-    assert load(path)[0]["epoch"] == 1
-
-
-@pytest.mark.parametrize(
-    "writer",
-    [
-        lambda path: lib.write_json(path, {"a": 2}),
-        lambda path: lib.write_submission(path, np.ones((3, 2, 2), np.uint8)),
-    ],
-)
-@pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, writer, where):
-    """ENOSPC when the bytes go to the disk: the error comes out, and the old file is whole under its name."""
-    path = tmp_path / "file"
-    path.write_text('{"a": 1}')
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, where, full)
-    with pytest.raises(OSError, match="No space"):
-        writer(path)
-    assert path.read_text() == '{"a": 1}'
+    monkeypatch.setattr(os, where, fail)
+    with pytest.raises(type(error)) as raised:
+        write(path)
+    assert path.read_bytes() == before and os.listdir(path.parent) == ["c.pt"]
+    assert isinstance(error, KeyboardInterrupt) or raised.value.filename == str(path)
 
 
-def test_full_disk_while_saving_a_checkpoint(tmp_path, monkeypatch):
-    """The same for a checkpoint: what was saved before is what is loaded."""
-    path = saved(tmp_path, 1)
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        lib.save_checkpoint(path, state(2))
-    assert load(path)[0]["epoch"] == 1
-
-
-def test_error_in_the_middle_leaves_the_old_file(tmp_path):
-    """An exception while the new file is being written: the old bytes stay under the name."""
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), lib.atomic_write(path) as f:
-        f.write(b"ne")
-        raise RuntimeError
-    assert path.read_text() == "old"
-
-
-def test_killed_while_saving(tmp_path):
-    """kill -9 in the middle of a loop of saves: the newest checkpoint reported as saved, or a newer one, is
-    there whole."""
+@pytest.mark.slow
+@pytest.mark.fault(37)
+def test_killed_while_saving(tmp_path, capsys):
+    """kill -9 in the middle of a loop of saves: the newest checkpoint reported as saved, or a newer
+    one, is there whole."""
     path = tmp_path / "c.pt"
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import torch, lib; from pathlib import Path\n"
-        "for e in range(10**6):\n"
-        "    lib.save_checkpoint(Path(sys.argv[2]), {'epoch': e, 'w': torch.full((300_000,), float(e))})\n"
-        "    print(e, flush=True)"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(ROOT), str(path)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        for _ in range(8):
-            known = int(child.stdout.readline())
-        child.kill()  # wherever it is now
-        rest = [int(line) for line in child.stdout.read().split() if line.isdigit()]
-    finally:
-        child.kill()
-        child.wait()
-    got, said = load(path)
-    assert said == [] and got["epoch"] >= max([known, *rest]) and (got["w"] == got["epoch"]).all()
+    child = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path)], text=True, cwd=ROOT,
+                             stdout=subprocess.PIPE)
+    known = [int(child.stdout.readline()) for _ in range(8)]
+    child.kill()  # wherever it is now
+    known += [int(line) for line in child.communicate()[0].split("\n")[:-1]]
+    got = lib.load_checkpoint(path)
+    assert capsys.readouterr().out == ""
+    assert got["epoch"] >= max(known) and (got["w"] == got["epoch"]).all()
 
 
+@pytest.mark.fault(44)
 def test_json_is_whole_and_readable(tmp_path):
-    """write_json writes what json reads back; no temporary file stays."""
-    lib.write_json(tmp_path / "m.json", {"a": [1, 2.5], "b": None})
-    assert json.loads((tmp_path / "m.json").read_text()) == {"a": [1, 2.5], "b": None}
-    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+    """write_json writes what json reads back, NaN as null; what is no JSON is a sentence that names
+    the file and the cure; no file is {}."""
+    lib.write_json(tmp_path / "m.json", {"a": [1, 2.5, float("nan")], "b": None})
+    assert json.loads((tmp_path / "m.json").read_text()) == {"a": [1, 2.5, None], "b": None}
+    assert os.listdir(tmp_path) == ["m.json"]
+    (tmp_path / "m.json").write_text('{"seed": ')
+    with pytest.raises(lib.UserError, match="m.json: damaged.*--fresh"):
+        lib.read_json(tmp_path / "m.json")
+    assert lib.read_json(tmp_path / "n.json") == {}
+
+
+# --------------------------------------------------------------------------------- the state folder
+
+def open_state(out, fresh=False, **identity):
+    """Open the state of a run of one process, and return its folder."""
+    folder, lock = lib.open_state(out, identity, fresh, lib.Ranks())
+    lock.close()
+    return folder
+
+
+@pytest.mark.fault(42)
+def test_another_run_is_refused_by_the_field_that_differs(tmp_path, capsys):
+    """The same identity goes on, tuples and all; another value, another field, or networks without
+    an identity are sentences, and nothing is lost; --fresh begins anew."""
+    folder = open_state(tmp_path, seed=0, sizes=(1, 2))
+    (folder / "stage1_fold0.pt").write_text("a network")
+    assert open_state(tmp_path, seed=0, sizes=(1, 2)) == folder
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"a new run in {tmp_path}", f"going on with the run in {tmp_path}"]
+    for other in ({"seed": 1, "sizes": (1, 2)}, {"seed": 0, "sizes": (1, 2), "depth": 5}):
+        name = re.compile("seed = 0, this one has 1|depth = None, this one has 5")
+        with pytest.raises(lib.UserError, match=name):
+            open_state(tmp_path, **other)
+    assert (folder / "stage1_fold0.pt").exists()
+    (folder / "identity.json").unlink()
+    with pytest.raises(lib.UserError, match="without their identity.json"):
+        open_state(tmp_path, seed=0)
+    assert open_state(tmp_path, fresh=True, seed=0) and not (folder / "stage1_fold0.pt").exists()
+
+
+def test_fresh_spares_foreign_files(tmp_path):
+    """--fresh throws the kit's own state away and no file of anybody else; a process that torchrun
+    starts again goes on."""
+    folder = open_state(tmp_path, seed=0)
+    for name in ("notes.txt", "stage1_fold0.pt", "frames_1.pt", "plan.json", "c.pt.tmp"):
+        (folder / name).write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        open_state(tmp_path, fresh=True, seed=0)
+    assert (folder / "stage1_fold0.pt").exists()
+    open_state(tmp_path, fresh=True, seed=1)
+    assert sorted(os.listdir(folder)) == ["identity.json", "lock", "notes.txt"]
+
+
+@pytest.mark.fault(39)
+def test_a_folder_that_cannot_be_written(tmp_path):
+    """--out below a file is a sentence."""
+    (tmp_path / "file").touch()
+    with pytest.raises(lib.UserError, match="file: cannot be written .*; choose another folder"):
+        open_state(tmp_path / "file")
+
+
+@pytest.mark.fault(40)
+def test_two_runs_in_one_folder(tmp_path):
+    """While another process works there, a second one is refused before it throws anything away."""
+    code = ("import sys, lib, pathlib; file = lib.lock_folder(pathlib.Path(sys.argv[1])); "
+            "print(flush=True); input()")
+    folder = open_state(tmp_path, seed=0)
+    (folder / "stage1_fold0.pt").touch()
+    other = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline()
+    with pytest.raises(lib.UserError, match="another run works in"):
+        open_state(tmp_path, fresh=True, seed=0)
+    other.communicate(b"\n")
+    assert (folder / "stage1_fold0.pt").exists() and open_state(tmp_path, seed=0) == folder
+
+
+@pytest.mark.fault(61)
+def test_changed_code_is_named(tmp_path, capsys):
+    """A run that goes on with other code than it began with says so in a line; with the same it
+    says nothing, and what a notebook's cell has no file of is left out."""
+    code = tmp_path / "code.py"
+    code.write_text("a = 1")
+    for _ in range(2):
+        lib.note_code(tmp_path, code, None)
+        assert capsys.readouterr().out == ""
+    code.write_text("a = 2")
+    lib.note_code(tmp_path, code, None)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "code has changed" in said and "--fresh" in said
+
+
+@pytest.mark.fault(26)
+def test_an_edited_report_does_not_change_the_cleaning(tmp_path):
+    """What the cleaning decided holds on resume, whatever becomes of outliers.csv."""
+    images = np.random.default_rng(0).integers(0, 255, (6, 8, 8)).astype(np.uint8)
+    data = lib.Data("x", "", images, images % 5, images[:0], images[:0])
+    folder = open_state(tmp_path)
+    lib.write_json(folder / "cleaned.json", {"index": [2]})
+    (tmp_path / "outliers.csv").write_text("index,reasons\n0,masks\n1,masks\n")
+    lib.clean_data(data, folder, "", 0, lib.Ranks())
+    np.testing.assert_array_equal(data.images, np.delete(images, 2, 0))
+    np.testing.assert_array_equal(data.outlier_images, images[2:3])

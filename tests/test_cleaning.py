@@ -77,6 +77,7 @@ def test_brightness_of_a_template_does_not_matter():
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
+@pytest.mark.fault(20)
 def test_flat_template_refused(level):
     """A flat template is an error: OpenCV's correlation with it is 1.0 everywhere."""
     images, masks = ground(8)
@@ -85,6 +86,7 @@ def test_flat_template_refused(level):
 
 
 @pytest.mark.parametrize("shape", [(65, 20), (20, 129)])
+@pytest.mark.fault(21)
 def test_too_large_template_refused(shape):
     """A template higher or wider than the images is an error: OpenCV would swap the two in silence."""
     images, masks = ground(8)
@@ -93,6 +95,7 @@ def test_too_large_template_refused(shape):
         lib.find_outliers(images, masks, ("template",), template)
 
 
+@pytest.mark.fault(22)
 def test_nan_gives_no_nan():
     """NaN pixels in an image, and in a template, leave every score a number."""
     images, masks = intruders(30)
@@ -132,6 +135,7 @@ def test_image_given_twice_kept():
     assert lib.find_outliers(images, masks, ("masks",)).empty
 
 
+@pytest.mark.fault(24)
 def test_insane_cut_refused():
     """A cut of half the images takes out none of them and says so in one sentence."""
     images, masks = ground(20)
@@ -142,6 +146,7 @@ def test_insane_cut_refused():
     assert len(said) == 1 and "10 of 20" in said[0]
 
 
+@pytest.mark.fault(24)
 def test_whole_class_refused():
     """A cut of 2 of 40 images that alone hold class 4 takes out none of them and names the class."""
     images, masks = ground(40)
@@ -153,6 +158,7 @@ def test_whole_class_refused():
     assert len(said) == 1 and "class 4" in said[0]
 
 
+@pytest.mark.fault(25)
 def test_diverged_autoencoder_left_out(monkeypatch):
     """A loss that is NaN costs that witness and a sentence, not the table."""
     monkeypatch.setattr(lib.F, "mse_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
@@ -201,3 +207,13 @@ def test_small_and_odd_sets_raise_no_warning(count, height, width):
         constant = lib.find_outliers(np.full_like(images, 7), masks * 0, log=silent)
     assert len(found) <= 0.15 * count and constant.empty
     assert list(found.columns) == ["index", "reasons", "mask_copies", "autoencoder_score", "template_score"]
+
+
+@pytest.mark.fault(23)
+def test_float64_images_are_as_good_as_bytes():
+    """OpenCV takes no int64 and mixes no types: images of float64, masks of int64 are converted."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (12, 32, 64)).astype(np.uint8)
+    masks = rng.integers(0, 5, (12, 32, 64)).astype(np.uint8)
+    wide = lib.find_outliers(images.astype(np.float64), masks.astype(np.int64))
+    assert wide.equals(lib.find_outliers(images, masks))

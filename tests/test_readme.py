@@ -1,91 +1,112 @@
-"""What the README promises: its options, its figures of the sample, its ways to change the kit."""
+"""What the README promises: its options, names, recipes and figures."""
 import dataclasses
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, tiny_arrays
-from test_solve import FAST
+from kit import ROOT, TINY, tiny_arrays
 
 import lib
 import solve
 
 README = (ROOT / "README.md").read_text()
+OUTPUTS = (ROOT / "submission" / "README.md").read_text()
+RECIPES = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_every_option_is_explained():
-    """Each flag of --help stands in the README's section on options, in the table with its default, and no
-    flag stands in the README that is none."""
-    flags = {}
+    """Each flag of --help stands among the options, in the table with its default, and the README
+    names no other flag."""
+    section = README[README.index("## Options"):]
+    known = {"--help", *re.findall(r"--\w+(?==)", README)}  # torchrun's have a =
     for f in dataclasses.fields(solve.Config):
         if f.metadata:
-            flags[f"--{'no-' * (f.default is True)}{f.name.replace('_', '-')}"] = f.default
-    section = README[README.index("## Options") : README.index("## When something is wrong")]
-    for flag, default in flags.items():
-        assert f"`{flag}`" in section, flag
-        row = next((row for row in section.splitlines() if row.startswith("|") and f"`{flag}`" in row), None)
-        if row and default and not isinstance(default, bool):
-            assert f"{default:g}" in row if isinstance(default, float) else str(default) in row, flag
-    torchrun = {f"--{name}" for name in ("nnodes", "nproc_per_node", "node_rank", "master_addr", "master_port")}
-    known = {*flags, *torchrun, "--help"}
-    assert set(re.findall(r"(?<!\w)--[a-z][a-z_-]+", README)) <= known
+            flag = f"--{'no-' * (f.default is True)}{f.name.replace('_', '-')}"
+            known.add(flag)
+            assert f"`{flag}`" in section or f"{flag} " in README, flag
+            row = re.search(rf"^\|.*`{flag}`.*", section, re.M)
+            if row and f.default and not isinstance(f.default, bool):
+                shown = f"{f.default:g}" if isinstance(f.default, float) else str(f.default)
+                assert shown in row[0], flag
+    assert {*re.findall(r"(?<!\w)--[a-z][a-z_-]+", README)} <= known
 
 
-def test_every_figure_of_metrics_json_is_explained(tmp_path):
-    """Each key of a run with test labels stands in submission/README.md, the step's name replaced by STEP."""
-    np.savez(tmp_path / "mars.npz", **tiny_arrays())
-    assert solve.main(["--data", str(tmp_path / "mars.npz"), "--out", str(tmp_path / "out"), *FAST]) == 0
-    keys = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    explained = {*re.findall(r"`(\w+)`", (ROOT / "submission" / "README.md").read_text())}
+def test_every_name_exists():
+    """Each lib.x, solve.x, link and command of the README is there."""
+    for module, name in re.findall(r"\b(lib|solve)\.(\w+)", README):
+        assert name == "py" or hasattr(sys.modules[module], name), name
+    files = re.findall(r"\]\(([\w./]+)\)|(?:python|pytest|pip install -r) ([\w./]+)", README)
+    assert len(files) > 5
+    for link, argument in files:
+        assert (ROOT / (link or argument)).exists()
+
+
+def test_every_output_is_explained(finished):
+    """Each key of a run with test labels, and each file, stands in submission/README.md; the step's
+    name is STEP there."""
+    explained = {*re.findall(r"`([\w.]+)/?`", OUTPUTS)}
+    keys = json.loads((finished / "out" / "metrics.json").read_text())
     assert {re.sub("stage[12]|frames", "STEP", key) for key in keys} <= explained
+    assert {path.name for path in (finished / "out").iterdir()} <= explained
 
 
-def test_the_loss_in_the_readme(monkeypatch):
-    """Its Dice loss is 0 for a sure and right answer, 1 for a sure and wrong one, ignores -1, and learns."""
+def test_the_recipes_after_a_run(finished_copy, monkeypatch):
+    """An ensemble of two runs makes a submission, and a network of a run labels an image."""
+    for name in ("run1", "run2", "submission"):
+        (finished_copy / name).symlink_to(finished_copy / "out")
+    monkeypatch.chdir(finished_copy)
+    image = tiny_arrays()["test_set"][0]
+    scope = {"np": np, "torch": torch, "lib": lib, "Path": Path, "image": image, "mean": 90.0,
+             "std": 60.0}
+    exec(RECIPES[0], scope)
+    lib.check_submission(Path("ensemble.csv"), 6, 32 * 64)
+    assert scope["labels"].shape == (1, 32, 64) and scope["labels"].min() >= 1
+
+
+def test_the_loss_to_put_in_its_place():
+    """The Dice loss is 0 of what is sure and right, 1 of what is sure and wrong, ignores -1, and
+    takes all that focal_loss takes."""
     scope = {"F": F}
-    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], scope)
+    exec(RECIPES[1], scope)
     target = torch.tensor([[[0, 1, -1, 1]]])
     right = F.one_hot(target.clamp_min(0), 2).movedim(-1, 1).float() * 200
-    assert scope["dice_loss"](right, target, gamma=0.0, alpha=1.0).item() == pytest.approx(0, abs=1e-6)
+    loss = scope["dice_loss"](right, target, gamma=0.0, alpha=1.0)
+    assert loss.item() == pytest.approx(0, abs=1e-6)
     assert scope["dice_loss"](right.flip(1), target).item() == pytest.approx(1, abs=1e-6)
-    logits = [torch.randn(1, 2, 8 // 2**i, 8 // 2**i, requires_grad=True) for i in range(3)]
-    monkeypatch.setattr(lib, "focal_loss", scope["dice_loss"])
-    lib.deep_supervision_loss(logits, torch.ones(1, 8, 8).long(), (0.1, 0.1), gamma=0.0).backward()
-    assert all(one.grad.abs().sum() > 0 for one in logits)
 
 
+@pytest.mark.slow
 def test_a_sixth_class_is_a_name_and_a_colour(tmp_path):
-    """With one more entry in CLASSES and PALETTE a file with labels 0 to 5 goes through the whole run."""
-    source = (ROOT / "lib.py").read_text()
-    more = source.replace('"Big Rock")', '"Big Rock", "Ice")')
-    more = more.replace("(255, 255, 255)]", "(255, 255, 255), (0, 255, 0)]")
-    assert more.count("Ice") == 1 and more.count("(0, 255, 0)") == 1
-    (tmp_path / "lib.py").write_text(more)
+    """With one more entry in CLASSES and PALETTE labels 0 to 5 go through the whole run."""
+    source = (ROOT / "lib.py").read_text().replace('"Big Rock")', '"Big Rock", "Ice")')
+    source = source.replace("(255, 255, 255)])", "(255, 255, 255), (0, 255, 0)])")
+    (tmp_path / "lib.py").write_text(source)
     (tmp_path / "solve.py").write_text((ROOT / "solve.py").read_text())
     arrays = tiny_arrays()
     arrays["training_set"][:, 1, -8:, :16] = 5
     np.savez(tmp_path / "mars.npz", **arrays)
-    argv = [sys.executable, "solve.py", "--data", "mars.npz", "--out", "out", *FAST]
+    argv = [sys.executable, "solve.py", "--data", "mars.npz", "--out", "out", *TINY]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert len(metrics["stage1_iou"]) == 6 and metrics["stage2_iou"][5] is not None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_samples_score_and_time(tmp_path):
-    """python solve.py --data data/ scores on the sample's test labels what the README says, within .06, in at
-    most one and a half times the minutes."""
+    """python solve.py --data data/ scores on the sample's test labels what the README says, within
+    .06, in at most one and a half times the minutes."""
     wanted = r"([\d.]+) minutes on two cores, with a test score of (\.\d+)"
     minutes, score = re.search(wanted, " ".join(README.split())).groups()
-    argv = [sys.executable, ROOT / "solve.py", "--data", ROOT / "data", "--out", tmp_path / "out"]
-    done = subprocess.run(argv)
-    assert done.returncode == 0
+    sample = ROOT / "data" / "sample.npz"
+    argv = [sys.executable, ROOT / "solve.py", "--data", sample, "--out", tmp_path / "out"]
+    subprocess.run(argv, check=True)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["test_miou"] == pytest.approx(float(score), abs=0.06)
     assert metrics["minutes"] <= 1.5 * float(minutes)
