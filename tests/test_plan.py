@@ -14,12 +14,11 @@ import solve
 
 def make_plan(cores=2, gpus=0, speed=435.0, hours=1.0, flags=(), used=0.0, **changes):
     """Return the plan for the competition's file, as the cleaning leaves it, or with changes, on a
-    machine that trains so many images of width 16 a second, 3.5 times as many of half the side."""
+    machine that trains so many images of width 16 a second."""
     facts = dict(images=2505, shown=1.08, height=64, width=128, area=10068.0, frames=True)
     task = solve.Task(**{**facts, "cores": cores, "gpus": gpus, **changes})
     cfg = solve.parse([*flags])
-    measured = solve.Plan("bfloat16", workers=task.gpus * cfg.streams or task.cores, speed=speed,
-                          half_speed=3.5 * speed)
+    measured = solve.Plan("bfloat16", workers=task.gpus * cfg.streams or task.cores, speed=speed)
     return solve.make_plan(cfg, task, measured, used, 3600 * hours)
 
 
@@ -47,8 +46,8 @@ def test_what_the_plan_chooses(machine, hours, size, epochs, workers, threads):
 
 def test_a_plan_is_counted_by_hand():
     """1,000 images at 100/s, 4 networks on 1 core, 10,000 s of which 3 % are spare. An epoch trains
-    on 750 images: 7.5 s, and 3.75 s on average where half-sized ones take a quarter for two
-    thirds; stage 2's costs 11.25 s, and a tenth as many are planned: 4.875 s an epoch. Prediction:
+    on 750 images: 7.5 s, and 7.5 · 11 / 21 s on average where half-sized ones take 2/7 for two
+    thirds; stage 2's costs 11.25 s, and a tenth as many are planned. Prediction:
     4 folds × 2 stages × 2 views of 1,000 tiles at .3 of a training step's price, and 4 ms for each
     fold's tile: 48 + 16 s, and 40 % more. 19 of 20 epochs that there is time for are planned."""
     flags = ["--folds", "4", "--seeds", "1", "--width", "16"]
@@ -57,13 +56,14 @@ def test_a_plan_is_counted_by_hand():
     plan = solve.make_plan(
         dataclasses.replace(solve.parse(flags), most_epochs=9999),
         solve.Task(1000, 1.0, 64, 64, 1000.0, False, 1),
-        solve.Plan("float32", speed=100.0, half_speed=400.0), 0.0, 1e4)
+        solve.Plan("float32", speed=100.0), 0.0, 1e4)
     predict = 1.4 * (48 + 16)
     training = 9700 - predict
-    epochs = int(0.95 * training / (4 * 4.875))
+    first, both = 7.5 * 11 / 21, 7.5 * 11 / 21 + 1.125
+    epochs = int(0.95 * training / (4 * both))
     assert plan.epochs == (epochs, round(epochs / 10))
     (begin, end), (second_begin, second_end) = plan.times
-    assert begin == 0 and end == pytest.approx(training * 3.75 / 4.875 / 1e4)
+    assert begin == 0 and end == pytest.approx(training * first / both / 1e4)
     assert second_begin - end == pytest.approx(predict / 2 / 1e4)
     assert second_end == pytest.approx((9700 - predict / 2) / 1e4)
     capped = make_plan(flags=flags, **same)  # of the recipe's epochs there are fewer than fit
@@ -160,7 +160,7 @@ def test_the_plan_is_kept_on_resume(finished_copy):
     out = finished_copy / "out"
     file = out / "state" / "plan.json"
     before = json.loads(file.read_text())
-    assert before["speed"] > 0 and before["half_speed"] > 0 and before["epochs"] == [2, 2]
+    assert before["speed"] > 0 and before["epochs"] == [2, 2]
     file.write_text(json.dumps(before | {"speed": 3.0}))
     status, printed, err = kit.run_main(finished_copy / "mars.npz", out)
     assert status == 0, err
