@@ -2293,6 +2293,15 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: damaged ({e}); begin anew with --fresh") from None
 
 
+def dataclass_from(cls: type, values: dict):
+    """Return a cls of values by name, that a file held; UserError if they are not its fields."""
+    try:
+        return cls(**values)
+    except TypeError as e:
+        raise UserError(f"--out holds a run of other code ({e}); use another --out, or --fresh to "
+                        "throw that run away") from None
+
+
 def write_json(path: Path, value) -> None:
     """Write value as JSON, atomically; NaN, which JSON has not, as null."""
     value = json.loads(json.dumps(value), parse_constant=lambda _: None)

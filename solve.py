@@ -411,12 +411,11 @@ def measure_speed(run: Run, data: StageInput) -> float:
 
 def plan_run(run: Run, task: Task) -> Plan:
     """Return the plan for the time left, from the speed of a network of width 16, on GPUs 32."""
-    cfg = run.cfg
-    workers = task.gpus * cfg.streams or task.cores
-    run.plan = replace(run.plan, width=cfg.width or (32 if task.gpus else 16), workers=workers)
+    workers = task.gpus * run.cfg.streams or task.cores
+    run.plan = replace(run.plan, width=run.cfg.width or (32 if task.gpus else 16), workers=workers)
     run.workers = lib.Workers(run.workers.devices, workers)
     measured = replace(run.plan, speed=measure_speed(run, put_on_device(run)))
-    return make_plan(cfg, task, measured, run.clock.used(), run.clock.limit)
+    return make_plan(run.cfg, task, measured, run.clock.used(), run.clock.limit)
 
 
 # ------------------------------------------------------------------------------------- two stages
@@ -568,7 +567,7 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
                     *data.images.shape[1:], frames.area(data.images.shape[1:], cfg.rim),
                     place is not None, cores, gpus, ranks.world)
         lib.write_json(state / "plan.json", asdict(plan_run(run, task)))
-    run.plan = plan = Plan(**ranks.share(lib.read_json(state / "plan.json")))
+    run.plan = plan = lib.dataclass_from(Plan, ranks.share(lib.read_json(state / "plan.json")))
     count = min(-(-plan.folds * plan.seeds // ranks.world),
                 gpus * cfg.streams or max(1, cores // plan.threads))
     run.workers = lib.Workers(devices, count, plan.threads, clock)
@@ -605,7 +604,8 @@ def write_outputs(run: Run, best: Step) -> None:
 def solve(cfg: Config, cores: int = 1) -> dict:
     """Run everything and return the metrics that metrics.json holds; a rank but the first: none."""
     run = open_run(cfg, cores)
-    run.metrics |= {"recipe": cfg.recipe, **asdict(run.plan)}
+    planned = ("folds", "seeds", "width", "padding", "epochs", "precision")
+    run.metrics |= {"recipe": cfg.recipe, **{name: getattr(run.plan, name) for name in planned}}
     first = train_stage(run, 1, run.tiles)
     probs = lib.predict_tiles(first, run.tiles, run.dtype, cfg.tta, run.workers)
     conclude(run, "stage1", probs)

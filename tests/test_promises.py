@@ -325,7 +325,6 @@ def test_no_label_of_fold_k_is_seen_when_fold_k_is_scored(framed, given_choices,
 
 # -------------------------------------------------------------------------------- the README
 
-@pytest.mark.xfail(reason="README.md has the figures of older code", strict=True)
 def test_every_figure_in_the_readme_says_how_to_get_it_again():
     """Each row of a table that holds a score, as .759, has a command or a link."""
     rows = [line for line in (kit.ROOT / "README.md").read_text().splitlines()
