@@ -264,197 +264,228 @@ def describe(data: Data) -> list[str]:
 
 # ------------------------------------------------------------------------------------- 2. outliers
 
-WITNESSES = ("masks", "template", "autoencoder")
-SHORT_SIDE, WINDOW = 32, 14  # images are shrunk to this shorter side; side of a discovered template there
-MAX_SHARE = 0.15             # a cut that takes out more of the images is likelier wrong than the images are
-MIN_VERTICES = 16            # outlines of masks that repeat among good images: at most 9; the saucers': 80
-COLUMNS = {"masks": "mask_copies", "autoencoder": "autoencoder_score", "template": "template_score"}
-CUTS = {"masks": 2, "autoencoder": 3.7, "template": 4.5}  # of 2,505 clean images they take 0, 3 and 0
-MIRRORS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # steps of slices: plain, left-right, upside down, both
-
-
-def robust_z(scores: np.ndarray, num_plain: int | None = None) -> np.ndarray:
-    """Return the distance from the median of the first num_plain, or all, in sigmas by their MAD."""
-    plain = scores[:num_plain]
-    sigma = 1.4826 * np.median(np.abs(plain - np.median(plain)))
-    return (scores - np.median(plain)) / sigma if sigma > 1e-6 else np.zeros_like(scores)
+MAX_SHARE = 0.3       # a cut that takes out more of the images is likelier wrong than they are
+STARTS = 12           # sizes from which an alignment sets out in an image
+MAX_TEMPLATES = 4     # looked for one after another
+PATCH, CELLS = 24, 8  # pixels of a template's side when it is aligned, and when it is searched for
+HEIGHTS = (0.22, 0.3, 0.4, 0.54, 0.72)  # of the objects searched for, in images' shorter sides
+STRETCHES = (0.6, 1, 1.6)  # of the objects, width to height in the template's
 
 
 def shrink(images: np.ndarray) -> np.ndarray:
-    """Return float32 (N, h, w), the shorter side SHORT_SIDE, the longer at most 256; NaN becomes 0."""
-    size = [4 * round(min(SHORT_SIDE * n / min(images.shape[1:]), 256) / 4) for n in images.shape[:0:-1]]
-    small = [cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA) for image in images]
-    return np.nan_to_num(np.stack(small))
+    """Return float32 images (N, h, w): shorter side 64 pixels, longer 256 at most."""
+    shorter = min(images.shape[1:])
+    height, width = (8 * round(min(8 * n / shorter, 32)) for n in images.shape[1:])
+    return np.stack([cv2.resize(np.nan_to_num(np.float32(image)), (width, height),
+                                interpolation=cv2.INTER_AREA) for image in images])
 
 
-def mask_copies(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
-    """Return the number of different images, (N,), with one mask or its mirror image; 0 for simple masks."""
-    pairs = pd.DataFrame({"mask": [min(mask[::y, ::x].tobytes() for y, x in MIRRORS) for mask in masks],
-                          "image": [image.tobytes() for image in images]})  # given twice, it counts once
-    copies = pairs.groupby("mask")["image"].transform("nunique").to_numpy(float)
-    for i, mask in enumerate(masks):
-        outlines = [outline for c in np.unique(mask) for outline in cv2.findContours(
-            np.uint8(mask == c), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]]
-        vertices = sum(len(cv2.approxPolyDP(outline, 1.5, True)) for outline in outlines)
-        copies[i] *= copies[i] > 1 and vertices >= MIN_VERTICES
-    return copies
+def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray | None:
+    """Return the reconstruction error of 8x8 pixels, (N, h, w), or None if the training diverged.
 
-
-def match(images: np.ndarray, template: np.ndarray, tilts: range, pmap=map) -> np.ndarray:
-    """Return the best correlation, (N,), with template mirrored, in three scales and the tilts (degrees).
-
-    It is Fisher's atanh of TM_CCOEFF_NORMED, unbounded, so that z tells a copy (.99) from a likeness.
+    It is weighted by the labelled share: the rover is strange too, but unlabelled.
     """
-    (height, width), views = template.shape, []
-    for scale, tilt in itertools.product((0.7, 1, 1.4), tilts):
-        h, w = max(2, round(height * scale)), max(2, round(width * scale))
-        warp = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), tilt, scale)
-        warp[:, 2] += (w - width) / 2, (h - height) / 2
-        if h <= images.shape[1] and w <= images.shape[2]:
-            views += [cv2.warpAffine(template[::y, ::x], warp, (w, h), borderMode=cv2.BORDER_REPLICATE)
-                      for y, x in MIRRORS]
-
-    def best(image: np.ndarray) -> float:
-        return max((cv2.matchTemplate(image, view, cv2.TM_CCOEFF_NORMED).max() for view in views), default=0)
-
-    return np.arctanh(np.clip(np.nan_to_num(list(pmap(best, images))), -0.999, 0.999))
-
-
-def discover_templates(images: np.ndarray, labelled: np.ndarray, suspects: np.ndarray,
-                       seed: int, pmap=map) -> list[np.ndarray]:
-    """Return at most 4 windows (WINDOW, WINDOW), each common to several suspects.
-
-    Args: images and labelled, 0 to 1, shrunk; suspects, bool (N,), named by others, count double among the
-    strongest corners on labelled ground: the first 5 % held 53 to 100 % of the intruders of ten sets.
-    Source: corner = smaller eigenvalue over a window, Shi and Tomasi 1994; an edge would match everywhere.
-    """
-    corner = np.stack([np.sqrt(np.maximum(cv2.cornerMinEigenVal(image, WINDOW, 3), 0)) for image in images])
-    corner *= np.stack([cv2.blur(share, (WINDOW, WINDOW)) for share in labelled])
-    inside = slice(WINDOW // 2, -((WINDOW - 1) // 2))  # centres of whole windows
-    corner = corner[:, inside, inside]
-    order = np.argsort(-corner.max((1, 2)) * (1 + suspects), kind="stable")
-    count, rng = max(16, suspects.sum(), len(images) // 20), np.random.default_rng(seed)
-    if len(order) < 2 * count:
-        return []
-    tested = rng.choice(order[:count], min(80, count), replace=False)
-    others = rng.choice(order[count:], min(80, len(order) - count), replace=False)
-    windows, hits, found = [], [], []
-    for i in order[:count:max(1, count // 40)][:40]:
-        y, x = np.unravel_index(corner[i].argmax(), corner[i].shape)
-        windows.append(images[i, y:y + WINDOW, x:x + WINDOW])
-        scores = match(images[np.append(others, tested)], windows[-1], range(-45, 46, 30), pmap)
-        z = robust_z(scores, len(others))
-        hits.append((z[len(others):] > 6) & (tested != i))
-    hits = np.array(hits)
-    while len(found) < 4 and hits.sum(1).max() >= 3:
-        best = hits.sum(1).argmax()
-        found.append(windows[best])
-        hits &= ~hits[best]
-    return found
-
-
-def template_scores(images: np.ndarray, masks: np.ndarray, suspects: np.ndarray,
-                    template: np.ndarray | None = None, seed: int = 0, pmap=map) -> np.ndarray | None:
-    """Return the robust z, (N,), of each image's best correlation with a template; None if none was found.
-
-    Args: suspects, bool (N,); template, (h, w) in the images' pixels, or None: discovered.
-    Raises: UserError if it is flat (OpenCV finds it everywhere) or larger than an image (it swaps both).
-    """
-    small = shrink(images)
-    # half a grey level of noise: on a flat window the correlation is 0/0, and OpenCV may answer 1
-    small += np.random.default_rng(seed).uniform(-0.5, 0.5, small[0].shape).astype(np.float32)
-    # less the local mean, shadows go and drawing stays: recall at precision .9 from .59 to .84
-    small = np.stack([image - cv2.blur(image, (11, 11)) for image in small])
-    if template is None:
-        templates = discover_templates(small, shrink(masks > 0), suspects, seed, pmap)
-    else:
-        (height, width), template = template.shape, np.nan_to_num(np.float32(template))
-        if height > images.shape[1] or width > images.shape[2]:
-            raise UserError(f'the template {height}×{width} is larger than the images')
-        if template.std() < 1:
-            raise UserError(f'the template {height}×{width} is flat: all would match it')
-        size = [max(4, round(n * SHORT_SIDE / min(images.shape[1:]))) for n in (width, height)]
-        template = cv2.resize(template, size, interpolation=cv2.INTER_AREA)
-        templates = [template - cv2.blur(template, (11, 11))]
-    scores = [robust_z(match(small, one, range(-45, 46, 15), pmap)) for one in templates]
-    return np.max(scores, axis=0) if scores else None
-
-
-def autoencoder_scores(images: np.ndarray, masks: np.ndarray, seed: int = 0,
-                       pmap=map) -> np.ndarray | None:
-    """Return the sum, (N,), of robust z's of two signs of the strange; None if the training diverged.
-
-    Each is taken at an image's highest place: the log of the reconstruction error, and that of the distance
-    of latents, whitened by PCA, to their third neighbour.
-    """
-    small, rng = shrink(images), np.random.default_rng(seed)
-    x = torch.from_numpy((small - small.mean()) / (small.std() + 1))[:, None]
+    x = F.avg_pool2d(torch.from_numpy(images)[:, None], 2)
+    x = (x - x.mean()) / (x.std() + 1)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # of the weights; the encoder sees 13×13 pixels: it learns parts, not scenes
-        encoder = nn.Sequential(nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 16, 5, 2, 2))
-        decoder = nn.Sequential(nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(),
-                                nn.ConvTranspose2d(16, 1, 4, 2, 1))
-    steps = min(300, 2 * len(x))
-    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, steps)
-    for _ in range(steps):
-        batch = x[rng.integers(len(x), size=64)]
-        loss = F.mse_loss(decoder(encoder(batch)), batch)
+        torch.manual_seed(seed)
+        autoencoder = nn.Sequential(
+            nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 16, 5, 2, 2),
+            nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1))
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.Adam(autoencoder.parameters(), 5e-3)
+    for _ in range(150):
+        batch = x[rng.integers(len(x), size=32)]
+        loss = F.mse_loss(autoencoder(batch), batch)
         if not torch.isfinite(loss):
             return None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        scheduler.step()
     with torch.no_grad():
-        latents = torch.cat([encoder(part) for part in x.split(256)])
-        error = (torch.cat([decoder(part) for part in latents.split(256)]) - x) ** 2
-    flat = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    flat = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-    flat = flat @ (vectors[:, -12:] / values[-12:].clamp(min=1e-6).sqrt())
-    # a sample: among all latents an object pasted into 4 % of the images would find itself
-    bank = flat[np.random.default_rng(seed).permutation(len(flat))[:2048]]
-    near = torch.cat(list(pmap(  # topk: 4 times as fast as kthvalue
-        lambda part: torch.cdist(part, bank).topk(min(3, len(bank)), largest=False).values[:, -1],
-        flat.split(4096))))
-    # weigh by the labels: the rover is as strange as an intruder, but nobody labels it; precision .81 to 1.00
-    share = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None], 4)
-    signs = (F.avg_pool2d(error, 4) * share, near.view(share.shape) * share)
-    peaks = [F.avg_pool2d(sign, 3, 1, 1).flatten(1).amax(1) for sign in signs]
-    return sum(robust_z(np.log(peak.double().numpy() + 1e-6)) for peak in peaks)
+        error = torch.cat([(autoencoder(part) - part) ** 2 for part in x.split(256)])
+    labelled = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None], 8)
+    return F.avg_pool2d(F.avg_pool2d(error, 4) * labelled ** 2, 3, 1, 1)[:, 0].numpy()
 
 
-def find_outliers(images: np.ndarray, masks: np.ndarray, witnesses: tuple[str, ...] = WITNESSES,
-                  template: np.ndarray | None = None, seed: int = 0, log=print,
-                  pmap=map) -> pd.DataFrame:
-    """Return the images to take out: `index` (ascending), `reasons` (witnesses joined by "+"), scores.
+def crop(image: np.ndarray, warp: np.ndarray) -> np.ndarray:
+    """Return the patch (PATCH, PATCH) whose pixels a warp (2, 3) maps to the image; NaN outside."""
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, warp, (PATCH, PATCH), flags=flags, borderValue=np.nan)
 
-    A witness not asked, or with nothing to go by, scores NaN; log() gets a sentence for the latter and for
-    each cut refused. Args: pmap, a map, perhaps of several threads. Args, Raises: see template_scores.
+
+def find_starts(image: np.ndarray, template: np.ndarray) -> list[np.ndarray]:
+    """Return where an image is most like a template, a warp (2, 3) a size, the likeliest first.
+
+    A warp maps the template's pixels to the image's.
     """
-    def sane(what: str, cut: np.ndarray) -> np.ndarray:
-        lost = np.setdiff1d(masks, masks[~cut])
-        if cut.mean() <= MAX_SHARE and not len(lost):
-            return cut
-        whole = f" and the whole of class {lost[0]}" if len(lost) else ""
-        log(f"cleaning: {what} would take out {cut.sum()} of {len(cut)} images{whole}: refused, all are kept")
-        return np.zeros_like(cut)
+    views = []
+    for tilt, x, y in itertools.product((-24, 0, 24), (1, -1), (1, -1)):
+        turn = cv2.getRotationMatrix2D(((PATCH - 1) / 2, (PATCH - 1) / 2), tilt, 1)
+        view = cv2.warpAffine(template, turn, (PATCH, PATCH), borderMode=cv2.BORDER_REPLICATE)
+        view = cv2.resize(view, (CELLS, CELLS), interpolation=cv2.INTER_AREA)[::y, ::x]
+        views.append((view - cv2.blur(view, (5, 5)), np.diag((x, y)) @ turn[:, :2]))
+    found = []
+    for height, stretch in itertools.product(HEIGHTS, STRETCHES):
+        cell = np.array([height * stretch, height]) * min(image.shape) / CELLS  # x, y in pixels
+        size = np.maximum(np.rint(image.shape[::-1] / cell), CELLS).astype(int)
+        grid = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
+        grid = cv2.copyMakeBorder(grid, 2, 2, 2, 2, cv2.BORDER_REPLICATE)  # objects may be cut
+        grid -= cv2.blur(grid, (5, 5))
+        # Normalised correlation would find the template in flat ground.
+        maps = [cv2.matchTemplate(grid, view, cv2.TM_CCOEFF) for view, _ in views]
+        best, row, column = np.unravel_index(np.argmax(maps), np.shape(maps))
+        cell = image.shape[::-1] / size
+        linear = np.diag(cell * CELLS / PATCH) @ views[best][1]
+        centre = (np.array([column, row]) - 2 + CELLS / 2) * cell - 0.5
+        warp = np.column_stack([linear, centre - linear.sum(1) * (PATCH - 1) / 2])
+        found.append((maps[best][row, column], warp))
+    found.sort(key=lambda pair: -pair[0])
+    return [warp for _, warp in found]
 
-    found, suspects = pd.DataFrame({"index": range(len(images)), "reasons": ""}), np.zeros(len(images), bool)
-    score = {"masks": lambda: mask_copies(images, masks),
-             "autoencoder": lambda: autoencoder_scores(images, masks, seed, pmap),
-             "template": lambda: template_scores(images, masks, suspects, template, seed, pmap)}
-    for name, cut in CUTS.items():
-        scores = score[name]() if name in witnesses else np.nan
-        if scores is None:
-            log(f"cleaning: going on without the {name} witness: it diverged or found no template")
-        found[COLUMNS[name]] = np.nan if scores is None else scores
-        taken = sane(name, found[COLUMNS[name]].to_numpy() >= cut)
-        found.loc[taken, "reasons"] += f"+{name}"
-        suspects |= taken
-    found["reasons"] = found["reasons"].str[1:]
-    return found[sane("all witnesses", suspects)].reset_index(drop=True)
+
+def align(image: np.ndarray, template: np.ndarray, warps: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the best correlation with a template after alignments from some warps, and the patch.
+
+    The patch, (PATCH, PATCH), has mean 0 and deviation 1, and is 0 outside the image.
+    Source: ECC, Evangelidis and Psarakis 2008.
+    """
+    best, best_patch = 0.0, np.zeros_like(template)
+    detail = template - cv2.blur(template, (5, 5))
+    stop = cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 12, 1e-3
+    for warp in np.float32(warps):
+        try:
+            warp = cv2.findTransformECC(template, image, warp, cv2.MOTION_AFFINE, stop, None, 3)[1]
+        except cv2.error:  # it did not converge
+            continue
+        long, short = np.linalg.svd(np.nan_to_num(warp[:, :2]), compute_uv=False) * PATCH
+        patch = crop(image, warp)
+        inside = np.isfinite(patch)
+        if short < 6 or long > min(77, 2.6 * short) or inside.mean() < 0.45:
+            continue  # no object, but a strip, a speck or the whole image
+        deviation = patch[inside].std() + 2  # grey levels; 2 for the camera's noise
+        patch = np.where(inside, patch - patch[inside].mean(), 0) / deviation
+        found = (patch - cv2.blur(patch, (5, 5))) * inside
+        norms = np.linalg.norm(found) * np.linalg.norm(detail * inside) + 1e-3
+        r = (found * detail).sum() / norms * (1 - 2 / deviation)
+        if r > best:
+            best, best_patch = r, patch
+    return best, best_patch
+
+
+def match(images: np.ndarray, template: np.ndarray, starts: int, pmap=map):
+    """Return Fisher's z, (N,), of each image's correlation with a template, and the patches."""
+
+    def best(image):
+        return align(image, template, find_starts(image, template)[:starts])
+
+    r, patches = zip(*pmap(best, images), strict=True)
+    return np.arctanh(np.minimum(r, 0.999)), np.stack(patches)
+
+
+def same_object(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the indices of the match() scores that show the template.
+
+    Args: others, scores most of which do not: their low quantiles are those of chance likenesses.
+    """
+    low, centre = np.quantile(others, (0.15, 0.4))
+    cut = centre + 4 * max(centre - low, 0.09)
+    if scores.max() > cut:  # two groups: chance likenesses reach half of the objects' scores
+        cut = max(cut, 0.55 * np.quantile(scores[scores > cut], 0.75))
+    shown = np.flatnonzero(scores > cut)
+    return shown if len(shown) > 2 and np.median(scores[shown]) > 0.75 else shown[:0]
+
+
+def discover_template(images: np.ndarray, places: np.ndarray, pmap=map) -> np.ndarray | None:
+    """Return the template that most of the first images share, or None if fewer than 3 do.
+
+    Args: images, the strangest first; places (N, 2), (x, y) of what is strange there.
+    """
+    count = min(32, len(images) // 2)
+    pool = np.concatenate([images[:count], images[count:][::len(images) // 32 + 1]])
+    best, best_gain = None, 0
+    for side, i in itertools.product((44, 28, 16), range(min(5, count))):
+        scale = side / PATCH
+        patch = crop(images[i], np.column_stack([np.eye(2) * scale, places[i] - side / 2]))
+        patch = np.where(np.isfinite(patch), patch, np.nanmean(patch))
+        scores, patches = match(pool, patch, 3, pmap)
+        shown = same_object(scores[:count], scores[count:])
+        # A mere edge is everywhere: what counts is how much more these images show the patch.
+        gain = (scores[shown] - np.quantile(scores[count:], 0.75)).sum()
+        if gain > best_gain:
+            best, best_gain = np.median(patches[shown], axis=0), gain
+    if best is not None:
+        scores, patches = match(pool, best, STARTS, pmap)
+        shown = same_object(scores[:count], scores[count:])
+        best = np.median(patches[shown], axis=0) if len(shown) else best
+    return best
+
+
+def check_template(template: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Return the user's template as float32 (PATCH, PATCH), fit for images of that shape."""
+    height, width = template.shape
+    if height > shape[0] or width > shape[1]:
+        raise UserError(f"the template, {height}x{width}, is larger than the images, "
+                        f"{shape[0]}x{shape[1]}: crop it to the object")
+    if template.std() < 1:
+        raise UserError(f"the template is flat, grey level {template.mean():.0f}, and would match "
+                        "everywhere: take a picture of the object")
+    return cv2.resize(np.float32(template), (PATCH, PATCH), interpolation=cv2.INTER_AREA)
+
+
+def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | None = None,
+                  seed: int = 0, log=print, pmap=map) -> pd.DataFrame:
+    """Return the images to take out: `index` (ascending), `reasons` and each detector's score.
+
+    The autoencoder finds candidates; what several of them share becomes a template, one after
+    another; the images that match a template are the outliers.
+    Args: template, uint8 (h, w) in the images' pixels, in place of those looked for.
+    Raises: UserError if the template is flat (it matches everywhere) or larger than the images.
+    """
+    if template is not None:
+        template = check_template(template, images.shape[1:])
+    small = shrink(images)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a gradient's sum depends on the number of threads
+    error = autoencoder_error(small, masks, seed)
+    torch.set_num_threads(threads)
+    if error is None:
+        log("cleaning: the autoencoder diverged; only a given template is compared")
+        error = np.zeros((len(small), 1, 1), np.float32)
+    places = [np.unravel_index(one.argmax(), one.shape)[::-1] for one in error]
+    places = np.array(places) * 8 + 3.5  # x, y in pixels
+    peaks = error.max((1, 2))
+    copies = pd.Series([image.tobytes() for image in small]).duplicated().to_numpy()
+    candidate = (peaks > 0) & ~copies
+    best, outliers = np.full(len(small), np.nan), np.zeros(len(small), bool)
+    for _ in range(MAX_TEMPLATES if template is None else 1):
+        order = [i for i in np.argsort(-peaks, kind="stable") if candidate[i]]
+        wanted = template
+        if template is None:
+            wanted = discover_template(small[order], places[order], pmap)
+        if wanted is None:
+            break
+        scores, _ = match(small, wanted, STARTS, pmap)
+        shown = same_object(scores, scores)
+        candidate[shown] = False
+        best = np.fmax(best, scores)
+        outliers = take_out(outliers, shown, masks, log)
+    columns = {"index": range(len(small)), "reasons": "template"}
+    scores = {"template_score": best, "autoencoder_score": peaks}
+    found = pd.DataFrame(columns | scores)
+    return found[outliers].reset_index(drop=True)
+
+
+def take_out(outliers: np.ndarray, shown: np.ndarray, masks: np.ndarray, log) -> np.ndarray:
+    """Return the outliers, bool (N,), and the images shown; without these if that is too much."""
+    more = outliers.copy()
+    more[shown] = True
+    lost = np.setdiff1d(masks, masks[~more])
+    if more.mean() <= MAX_SHARE and not len(lost):
+        return more
+    whole = f" and the whole of class {lost[0]}" if len(lost) else ""
+    log(f"cleaning: {more.sum()} of {len(more)} images{whole} would go: refused")
+    return outliers
 
 
 def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, pmap=map) -> None:
