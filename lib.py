@@ -106,7 +106,8 @@ def find_data_file(path: str | Path) -> Path:
     if path.is_file():
         return path
     files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in (".npz", ".zip")
-             and not file.name.startswith("._") and file.is_file()]  # macOS adds ._x.npz
+             and not file.name.startswith(("._", "submission", "probabilities"))
+             and file.is_file()]  # macOS adds ._x.npz; a run's own outputs are no data
     named = [file for file in files if file.name.lower() == "mars_for_students.npz"]
     best = named or [file for file in files if file.name.lower() != "sample.npz"] or files
     if len(best) == 1:
@@ -180,8 +181,11 @@ def load_data(path: str | Path) -> Data:
     return data
 
 
-def load_test_set(data: Data, path: str | Path) -> None:
-    """Put another file's test_set, and test_labels if there are any, in the place of data's."""
+def load_test_set(data: Data, path: str | Path, out: Path | None = None) -> None:
+    """Put another file's test_set, and test_labels if there are any, in the place of data's.
+    UserError also if the run in the folder out is not finished."""
+    if out is not None and not (out / "metrics.json").exists():
+        raise UserError(f"--test: first finish the run in {out}, without --test")
     path = find_data_file(path)
     arrays = read_npz(path, "test_set")
     check_shape(f"{path}: test_set", arrays["test_set"], (0, *data.images.shape[1:]))
@@ -230,13 +234,13 @@ def to_uint8(path: Path, sets: dict[str, np.ndarray]) -> list[np.ndarray]:
                             f"{good.argmin()}; replace them or drop the image")
     ends = {key: (float(x.min()), float(x.max())) for key, x in sets.items() if x.size}
     low = min(0.0, *(least for least, _ in ends.values()))
-    high = max(most for _, most in ends.values())
+    high = max(0.0, *(most for _, most in ends.values()))
     if low == 0 and high <= 255:
         high = 255
     converted = []
     for key, images in sets.items():
         least, most = ends.get(key, (0, 255))
-        fractions = images.dtype.kind in "bf" and least >= 0 and most <= 1
+        fractions = low == 0 and images.dtype.kind in "bf" and most <= 1
         zero, factor = (0, 255) if fractions else (low, 255 / (high - low))
         if 0 < (most - least) * factor < 8 and len(ends) > 1:
             raise UserError(f"{path}: the sets are not of one scale, from least to most: {ends}; "
@@ -1296,8 +1300,7 @@ def fit_thresholds(probs: np.ndarray, masks: np.ndarray, peaks: np.ndarray) -> n
     The IoU J of a class is best where all pixels above about J / (1 + J) are taken, long before
     the class is the likeliest (for F1 that is Lipton et al. 2014).
     """
-    factors = np.ones(NUM_CLASSES)
-    probs, masks = from_bytes(probs[..., 2::4, 2::4]), masks[:, 2::4, 2::4]
+    factors, probs = np.ones(NUM_CLASSES), from_bytes(probs)
     for c in np.flatnonzero(peaks):
         scores = {}
         for factor in (1, 0.5, 0.7, 1.4, 2, 2.8, 4):
@@ -1312,6 +1315,7 @@ def cross_fit_thresholds(probs: np.ndarray, masks: np.ndarray, fold_of: np.ndarr
                          peaks: np.ndarray, pmap=map) -> np.ndarray:
     """Return factors (1 + folds, C): those of fit_thresholds of all out-of-fold probs, for other
     images, and for each fold those of the other folds, by which it is scored."""
+    probs, masks = probs[..., 2::4, 2::4], masks[:, 2::4, 2::4]  # a part tells as much
     parts = [fold_of >= 0, *(fold_of != fold for fold in range(fold_of.max() + 1))]
     return np.stack(list(pmap(lambda part: fit_thresholds(probs[part], masks[part], peaks), parts)))
 
@@ -2607,6 +2611,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     for stage, of_stage in history.groupby("stage"):
         for name in "score", "loss", "val_loss":
             lines = of_stage.pivot_table(name, "epoch", "fold", dropna=False).add_prefix("fold ")
+            lines = lines.ffill()  # of a network that stopped early the last one counts
             lines["mean"] = lines.mean(axis=1)
             parts.append(curves(f"training, stage {stage}: {name}", lines))
     counts = pd.DataFrame(metrics[f"{step}_confusion"], CLASSES, CLASSES)

@@ -261,7 +261,7 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: t
     steps = range(-(-len(order) // size))[:most_steps]
     order = order.repeat(2 + size // len(order))  # to fill up the last batch
     if data not in network.steps:
-        network.steps[data] = training_step(run, network, data, key[1] % run.plan.folds, donors)
+        network.steps = {data: training_step(run, network, data, key[1] % run.plan.folds, donors)}
     network.model.train()
     network.sums.zero_()
     for i in steps:
@@ -270,9 +270,9 @@ def train_one_epoch(run: Run, network: TrainingState, data: StageInput, tiles: t
             break
         network.steps[data](order[i * size:(i + 1) * size])
     loss, good_steps = network.sums.tolist()
-    if not good_steps:
+    if not good_steps and stage_progress(run, key[0]) < 1:
         raise UserError("not one step had a finite gradient")
-    return loss / good_steps
+    return loss / max(1, good_steps)
 
 
 def validate(run: Run, network: TrainingState, data: StageInput, tiles: torch.Tensor) -> dict:
@@ -319,8 +319,6 @@ def train_stage(run: Run, stage: int, data: StageInput,
     mine = networks[ranks.rank::ranks.world]
     for network in mine:
         network.resume()
-    if cfg.test and not all(network.finished for network in mine):
-        raise UserError(f"--test: first finish the run in {cfg.out}, without --test")
     devices = set(run.workers.devices)
     inputs = {"whole": {device: data.to(device) for device in devices}}
     if stage == 1 and cfg.half_sized:
@@ -395,13 +393,13 @@ def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float
 
 def measure_speed(run: Run, data: StageInput) -> float:
     """Return the training images/s of all workers at once, validation included."""
-    networks = [new_network(run, 1, i * run.ranks.world) for i in range(len(run.workers.devices))]
+    devices, every = run.workers.devices, len(run.data.images)
+    networks = [new_network(run, 1, i * run.ranks.world) for i in range(len(devices))]
+    inputs = {device: data.to(device) for device in set(devices)}
 
     def train(network: TrainingState, steps: int) -> int:
-        every = len(run.data.images)
-        images = steps * batch_size(run.cfg, every)
+        images, own = steps * batch_size(run.cfg, every), inputs[network.device]
         tiles = torch.arange(every + images, device=network.device) % every
-        own = data.to(network.device)
         train_one_epoch(run, network, own, tiles, (0, 0, 0), steps)
         validate(run, network, own, tiles[:-(-images // 4)])  # as many as of 4 folds
         return images
@@ -530,7 +528,7 @@ def load(cfg: Config) -> tuple[Config, lib.Data]:
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
             cfg = replace(cfg, max_hours=0.033)
     if cfg.test:
-        lib.load_test_set(data, cfg.test)
+        lib.load_test_set(data, cfg.test, lib.user_path(cfg.out))
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
         cfg = replace(cfg, half_sized=0.0)
     print("\n".join(lib.describe(data)), flush=True)
@@ -563,8 +561,9 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
         run.plan = Plan(str(dtype).removeprefix("torch."))
         holds_rare = run.is_rare[data.masks].any((1, 2)).mean()
         frames = lib.Frames.lay_out(place, len(data.images) + len(data.test_images))
-        task = Task(len(data.images), float(1 + holds_rare * (cfg.oversample - 1)),
-                    *data.images.shape[1:], frames.area(data.images.shape[1:], cfg.rim),
+        tile = data.images.shape[1:]
+        area = frames.area(tile, 0 if place is None else cfg.rim)
+        task = Task(len(data.images), float(1 + holds_rare * (cfg.oversample - 1)), *tile, area,
                     place is not None, cores, gpus, ranks.world)
         lib.write_json(state / "plan.json", asdict(plan_run(run, task)))
     run.plan = plan = lib.dataclass_from(Plan, ranks.share(lib.read_json(state / "plan.json")))

@@ -130,7 +130,7 @@ def test_odd_sets(shape):
 
 @pytest.mark.fault(22, 23)
 def test_other_types_are_converted():
-    """Images of float64, masks of int64 are as good as bytes; a NaN is black, and not in the table."""
+    """Images of float64, masks of int64 are as good as bytes; a NaN is black."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (12, 32, 64)).astype(np.uint8)
     masks = rng.integers(0, 5, (12, 32, 64)).astype(np.uint8)
