@@ -405,6 +405,8 @@ def discover_template(images: np.ndarray, places: np.ndarray, pmap=map) -> np.nd
 
     Args: images, the strangest first; places (N, 2), (x, y) of what is strange there.
     """
+    if len(images) < 64:  # too few to tell what is common from what is strange
+        return None
     count = min(32, len(images) // 2)
     pool = np.concatenate([images[:count], images[count:][::len(images) // 32 + 1]])
     best, best_gain = None, 0
@@ -2480,9 +2482,9 @@ def submit(file: Path, labels: np.ndarray, first_class: int) -> None:
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Mars terrain</title>
 <meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><style>body{font:16px/1.5 system-ui,sans-serif;
-max-width:1340px;margin:auto;padding:8px;overflow-wrap:anywhere}div{overflow-x:auto}
+max-width:1340px;margin:auto;padding:8px;overflow-wrap:break-word}div{overflow-x:auto}
 td,th{padding:3px 8px;text-align:left}th:first-child{width:8em}path{fill:none;stroke:currentColor}
-table:has(img){table-layout:fixed;width:100%;min-width:1000px}img{width:100%}
+table:has(img){table-layout:fixed;width:100%;min-width:1000px}img{width:100%;outline:1px solid}
 svg{width:430px;max-width:100%;font-size:12px;fill:currentColor}</style>"""
 
 
@@ -2494,7 +2496,7 @@ def table(rows: dict[str, dict]) -> str:
         for title, value in row.items():
             if isinstance(value, float):
                 color = f"rgba(0,114,178,{0.6 * value:.2f})"
-                body += f'<td style="background:{color}">{value:.3f}'
+                body += f'<td style="background:{color}">{value:.3f}'.replace(">nan", ">–")
                 continue
             if title not in ("image", "confidence"):
                 value = PALETTE[value][..., ::-1]
@@ -2509,15 +2511,17 @@ def curves(title: str, lines: pd.DataFrame) -> str:
     low, high = lines.min().min(), lines.max().max() + 1e-6
     x = np.linspace(50, 320, len(lines))
     y = 200 - 175 * (lines - low) / (high - low)
-    texts = [(50, 12, title)]
+    texts, ticks = [(50, 12, title)], np.linspace(0, len(x) - 1, min(len(x), 6)).astype(int)
     texts += [(6, 204 - 35 * i, f"{low + (high - low) * i / 5:.3f}") for i in range(6)]
-    texts += [(x[i] - 4, 220, i + 1) for i in range(0, len(x), len(x) // 6 + 1)]
-    shapes = '<path d="M50 25v175h270"/>'
-    ends = lines.iloc[-1].sort_values(ascending=False)
-    for i, (name, end) in enumerate(ends.items()):
+    texts += [(x[i] - 4, 220, i + 1) for i in ticks]
+    marks = "".join(f"M{x[i]:.0f} 200v5" for i in ticks) + "M45 25" + "h5m-5 35" * 5 + "h5"
+    shapes = f'<path d="M50 25v175h270{marks}"/>'
+    ends, top = lines.iloc[-1].sort_values(ascending=False), 0
+    for below, (name, end) in zip(range(len(ends))[::-1], ends.items(), strict=True):
         points = " ".join(map("{:.1f},{:.1f}".format, x, y[name]))
         shapes += f'<path d="M{points}" stroke-width="{3 if name == "mean" else 1}"/>'
-        texts.append((326, 25 + 13 * i, f"{name} {end:.3f}"))
+        top = min(max(top + 13, y[name].iloc[-1] + 4), 204 - 13 * below)  # at its line's end
+        texts.append((326, top, f"{name} {end:.3f}"))
     for left, top, text in texts:
         shapes += f'<text x="{left:.0f}" y="{top:.0f}">{text}</text>'
     return f'<svg viewBox="0 0 430 228">{shapes}</svg>'
@@ -2532,7 +2536,8 @@ def picture_rows(data: Data, validated: np.ndarray, labels: dict, submitted: str
         tests = data.test_images, np.zeros_like(test_labels), test_labels
         tiles = np.stack([data.images, data.masks, labels[submitted]], 1)
         tiles = np.concatenate([tiles, np.stack(tests, 1)])
-        for frame in np.bincount(place[0][place[0] >= 0]).argsort()[:-7:-1]:
+        sizes = np.bincount(place[0] + 1)[1:]  # the largest may be two frames joined
+        for frame in abs(sizes - np.median(sizes.repeat(sizes))).argsort(kind="stable")[:6]:
             at = place[:, place[0] == frame] - [[frame], [0], [0]]
             canvas = frame_canvas(tiles[place[0] == frame], at)[0]
             image, mask, answer = canvas.reshape(3, canvas.shape[1] * canvas.shape[2], -1)
@@ -2546,7 +2551,7 @@ def picture_rows(data: Data, validated: np.ndarray, labels: dict, submitted: str
               "Most pixels of rare classes": order[rarity[order].argsort()[:-7:-1]],
               "A sample of all tiles": order[::len(order) // 8 + 1]}
     layers = {"image": data.images, "labels": data.masks, **labels,
-              "errors": np.uint8(4) * errors, "confidence": np.uint8(255 * confidence)}
+              "errors: white": np.uint8(4) * errors, "confidence": np.uint8(255 * confidence)}
     pictures = {"Camera frames": frames}
     for heading, index in chosen.items():
         pictures[heading] = {}
@@ -2558,18 +2563,19 @@ def picture_rows(data: Data, validated: np.ndarray, labels: dict, submitted: str
 
 def draw_figure(title: str, pictures: dict[str, dict]) -> np.ndarray:
     """Return a BGR sheet 1792 wide: two rows of pictures of each heading, one frame, the legend."""
-    def write(line: np.ndarray, x: int, text: str, color=(255, 255, 255)) -> None:
-        cv2.putText(line, text, (x, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.7, color, 1, cv2.LINE_AA)
+    def write(line: np.ndarray, x: int, text: str) -> None:
+        cv2.putText(line, text, (x, 22), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255,) * 3, 1, cv2.LINE_AA)
 
-    head = np.zeros((34, 1792, 3), np.uint8)
+    head = np.full((34, 1792, 3), 72, np.uint8)
     write(head, 4, title)
-    for c in range(1, NUM_CLASSES):
-        write(head, 1000 + 160 * c, CLASSES[c], PALETTE[c, ::-1].tolist())
+    for c in range(NUM_CLASSES):
+        head[8:26, 792 + 200 * c:820 + 200 * c] = PALETTE[c, ::-1]
+        write(head, 830 + 200 * c, CLASSES[c])
     lines = [head]
     for heading, rows in pictures.items():
         for caption, row in list(rows.items())[:1 if heading == "Camera frames" else 2]:
             colors = []
-            titles = np.zeros_like(head)
+            titles = np.full_like(head, 72)
             for i, (name, value) in enumerate(row.items()):
                 write(titles, 4 + 1792 * i // len(row), name if i else caption.partition(":")[0])
                 grey = name in ("image", "confidence")
@@ -2597,7 +2603,8 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     parts = [f"<h1>Mean IoU {metrics[f'{step}_miou']:.4f} out of fold</h1>"
              f"<p>Submitted: {step}, after {metrics['minutes']} minutes.{table(scores)}"]
     for name, color in zip(CLASSES, PALETTE.tolist(), strict=True):
-        parts.append(f'<b style="border-left:1em solid rgb{tuple(color)}"> {name}</b> ')
+        style = f"outline:1px solid;border-left:1em solid rgb{tuple(color)}"
+        parts.append(f'<b style="{style}">&nbsp;{name}&nbsp;</b>&ensp;')
     pictures = picture_rows(data, validated, labels, step, confidence, place, test_labels, rare)
     parts += [f"<h2>{heading}</h2>{table(rows)}" for heading, rows in pictures.items() if rows]
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
@@ -2617,7 +2624,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     counts = pd.DataFrame(metrics[f"{step}_confusion"], CLASSES, CLASSES)
     shares = counts.div(counts.sum(axis=1).clip(1), axis=0)
     parts.append(f"<h2>Confusion of {step}: truth down</h2>{table(shares.to_dict('index'))}")
-    parts += [f"<br>{html.escape(f'{key}: {value}')}" for key, value in facts.items()]
+    parts += ["<h2>Run</h2>"] + [f"{html.escape(f'{k}: {v}')}<br>" for k, v in facts.items()]
     history = history.drop(columns="confusion").to_csv(index=False)
     figure = draw_figure(f"{step}: mean IoU {metrics[f'{step}_miou']:.4f}", pictures)
     files = {"report.html": (PAGE + "".join(parts)).encode(errors="replace"),
