@@ -1,7 +1,7 @@
 """What is true of the Mars-terrain task, in the order of the data's way through a run.
 
     1. data          find, check and load the competition's .npz, fingerprint
-    2. outliers      images that are no Mars: autoencoder and template matching
+    2. outliers      images that are no Mars: an autoencoder, and points that they share
     3. frames        the camera frames, put back together from the shuffled tiles
     4. context       what the labels of a frame say of its other tiles
     5. folds         stratified, copies kept together
@@ -267,29 +267,36 @@ def describe(data: Data) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------- 2. outliers
+#
+# What images that are no Mars have in common is an object, drawn into each at some size, tilt and
+# light; Mars does not repeat itself. So an outlier is an image that shares points with others:
+# local features (SIFT, Lowe 2004) that are alike and that one affine map carries from image to
+# image. Where there are too many images to compare each with each, the autoencoder says which are
+# strange; groups among these are the templates, and all images that match them are outliers.
 
-MAX_SHARE = 0.3       # a cut that takes out more of the images is likelier wrong than they are
-STARTS = 12           # sizes from which an alignment sets out in an image
-MAX_TEMPLATES = 4     # looked for one after another
-PATCH, CELLS = 24, 8  # pixels of a template's side when it is aligned, and when it is searched for
-HEIGHTS = (0.22, 0.3, 0.4, 0.54, 0.72)  # of the objects searched for, in images' shorter sides
-STRETCHES = (0.6, 1, 1.6)  # of the objects, width to height in the template's
+MAX_SHARE = 0.3      # a cut that takes out more of the images is likelier wrong than they are
+CANDIDATES = 224     # the strangest images, compared with one another
+EXEMPLARS = 40       # outliers that all images are compared with
+POINTS = 60          # of an image, the strongest
+LINKED, SURE = 5, 7  # shared points: unrelated images have 5 now and then, hardly ever 7
+# where a descriptor's 4×4 histograms of 8 directions lie in that of the mirror image
+MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1, :, -np.arange(8)].ravel()
 
 
-def shrink(images: np.ndarray) -> np.ndarray:
-    """Return float32 images (N, h, w): shorter side 64 pixels, longer 256 at most."""
-    shorter = min(images.shape[1:])
-    height, width = (8 * round(min(8 * n / shorter, 32)) for n in images.shape[1:])
-    return np.stack([cv2.resize(np.nan_to_num(np.float32(image)), (width, height),
-                                interpolation=cv2.INTER_AREA) for image in images])
-
-
-def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray | None:
-    """Return the reconstruction error of 8x8 pixels, (N, h, w), or None if the training diverged.
+def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
+    """Return each image's largest reconstruction error, (N,); NaN if the training diverged.
 
     It is weighted by the labelled share: the rover is strange too, but unlabelled.
     """
-    x = F.avg_pool2d(torch.from_numpy(images)[:, None], 2)
+    height, width = (8 * round(min(8 * n / min(images.shape[1:]), 32)) for n in images.shape[1:])
+
+    def shrink(layers: np.ndarray, factor: int) -> torch.Tensor:
+        size = width // factor, height // factor
+        small = [cv2.resize(np.float32(layer), size, interpolation=cv2.INTER_AREA)
+                 for layer in layers]
+        return torch.from_numpy(np.stack(small))[:, None]
+
+    x = shrink(images, 2)
     x = (x - x.mean()) / (x.std() + 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -301,197 +308,148 @@ def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.nd
     for _ in range(150):
         batch = x[rng.integers(len(x), size=32)]
         loss = F.mse_loss(autoencoder(batch), batch)
-        if not torch.isfinite(loss):
-            return None
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        error = torch.cat([(autoencoder(part) - part) ** 2 for part in x.split(256)])
-    labelled = F.avg_pool2d(torch.from_numpy(shrink(masks > 0))[:, None], 8)
-    return F.avg_pool2d(F.avg_pool2d(error, 4) * labelled ** 2, 3, 1, 1)[:, 0].numpy()
+        error = torch.cat([(autoencoder(part) - part) ** 2 for part in x.split(CHUNK)])
+    error = F.avg_pool2d(error, 4) * shrink(masks > 0, 8) ** 2
+    return F.avg_pool2d(error, 3, 1, 1).amax((1, 2, 3)).numpy()
 
 
-def crop(image: np.ndarray, warp: np.ndarray) -> np.ndarray:
-    """Return the patch (PATCH, PATCH) whose pixels a warp (2, 3) maps to the image; NaN outside."""
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, warp, (PATCH, PATCH), flags=flags, borderValue=np.nan)
+@dataclass(frozen=True)
+class Features:
+    """The points of detail of N images, at most POINTS each."""
+
+    points: np.ndarray         # float32 (N, POINTS, 2): x, y in 64ths of images' shorter side
+    descriptors: torch.Tensor  # float32 (N, POINTS, 128), of length 1; 0: there is no point
+    labelled: np.ndarray       # bool (N, POINTS)
+
+    @classmethod
+    def of(cls, images: list[np.ndarray], masks: list[np.ndarray], pmap=map) -> Features:
+        """Return the features of images and masks, each uint8 (H, W), of the first's scale."""
+        points = np.zeros((len(images), POINTS, 2), np.float32)
+        descriptors = np.zeros((len(images), POINTS, 128), np.float32)
+        labelled = np.zeros((len(images), POINTS), bool)
+        scale = 3 * 64 / min(images[0].shape)  # times 3, as objects may be small
+
+        def detect(i: int) -> None:
+            large, mask = (cv2.resize(layer, None, fx=scale, fy=scale, interpolation=how) for
+                           layer, how in ((images[i], cv2.INTER_CUBIC), (masks[i], 0)))
+            sift = cv2.SIFT_create(POINTS, contrastThreshold=0.03)
+            keypoints, found = sift.detectAndCompute(large, None)
+            for k, keypoint in enumerate(keypoints[:POINTS]):
+                column, row = map(int, keypoint.pt)
+                points[i, k] = np.array(keypoint.pt) / 3
+                labelled[i, k] = mask[row, column] > 0
+                # Hellinger's distance in place of Euclid's (Arandjelović and Zisserman 2012)
+                descriptors[i, k] = np.sqrt(found[k] / max(found[k].sum(), 1))
+
+        list(pmap(detect, range(len(images))))
+        return cls(points, torch.from_numpy(descriptors), labelled)
+
+    def compare(self, ones: np.ndarray, others: np.ndarray, pmap=map) -> np.ndarray:
+        """Return the points that images share with others, int8 (N, N); of other pairs 0."""
+        shared = np.zeros((len(self.points), len(self.points)), np.int8)
+        pairs = np.zeros(shared.shape, bool)
+        pairs[np.ix_(ones, others)] = True
+        pairs &= ~(np.tril(pairs) & pairs.T)  # each pair once, no image with itself
+        counts = pmap(lambda one: self.count_shared(one, np.flatnonzero(pairs[one])), ones)
+        for one, count in zip(ones, counts, strict=True):
+            shared[one, pairs[one]] = shared[pairs[one], one] = count
+        return shared
+
+    def count_shared(self, one: int, others: np.ndarray) -> np.ndarray:
+        """Return how many points of an image, or of its mirror image, an affine map carries to
+        those of each of the others, (len(others),). Points that are labelled in neither do not
+        count: parts of the rover are alike."""
+        shared = np.zeros(len(others), int)
+        own = self.descriptors[one]
+        starts = range(0, len(others), 64)  # the likenesses of so many stay in the cache
+        for start, descriptors in itertools.product(starts, (own, own[:, MIRRORED])):
+            part = others[start:start + 64]
+            likeness = self.descriptors[part] @ descriptors.T  # cosines (64, theirs, own)
+            most, partner = likeness.max(1)
+            back = likeness.argmax(2).gather(1, partner)
+            mutual = ((back == torch.arange(POINTS)) & (most > 0.85)).numpy()
+            partner = partner.numpy()
+            mutual &= self.labelled[one] | np.take_along_axis(self.labelled[part], partner, 1)
+            for k in np.flatnonzero(mutual.sum(1) >= LINKED):
+                first = np.flatnonzero(mutual[k])
+                count = self.count_carried(one, first, part[k], partner[k, first])
+                shared[start + k] = max(shared[start + k], count)
+        return shared
+
+    def count_carried(self, one: int, first: np.ndarray, other: int, second: np.ndarray) -> int:
+        """Return how many of an image's points one affine map carries to their partners."""
+        points = self.points[one, first], self.points[other, second]
+        warp, fits = cv2.estimateAffine2D(*points, ransacReprojThreshold=2, maxIters=100)
+        if warp is None:
+            return 0
+        long, short = np.linalg.svd(warp[:, :2], compute_uv=False)
+        if long > 6 or short < 1 / 6 or long > 2.6 * short:
+            return 0  # no object is stretched so much
+        if fits.sum() < LINKED:
+            return 0
+        # a blob has several features: of those within 2 pixels one counts
+        fitting = (side[fits[:, 0] > 0] for side in points)
+        return min(len(np.unique(np.rint(side / 2), axis=0)) for side in fitting)
 
 
-def find_starts(image: np.ndarray, template: np.ndarray) -> list[np.ndarray]:
-    """Return where an image is most like a template, a warp (2, 3) a size, the likeliest first.
-
-    A warp maps the template's pixels to the image's.
-    """
-    views = []
-    for tilt, x, y in itertools.product((-24, 0, 24), (1, -1), (1, -1)):
-        turn = cv2.getRotationMatrix2D(((PATCH - 1) / 2, (PATCH - 1) / 2), tilt, 1)
-        view = cv2.warpAffine(template, turn, (PATCH, PATCH), borderMode=cv2.BORDER_REPLICATE)
-        view = cv2.resize(view, (CELLS, CELLS), interpolation=cv2.INTER_AREA)[::y, ::x]
-        views.append((view - cv2.blur(view, (5, 5)), np.diag((x, y)) @ turn[:, :2]))
-    found = []
-    for height, stretch in itertools.product(HEIGHTS, STRETCHES):
-        cell = np.array([height * stretch, height]) * min(image.shape) / CELLS  # x, y in pixels
-        size = np.maximum(np.rint(image.shape[::-1] / cell), CELLS).astype(int)
-        grid = cv2.resize(image, size.tolist(), interpolation=cv2.INTER_AREA)
-        grid = cv2.copyMakeBorder(grid, 2, 2, 2, 2, cv2.BORDER_REPLICATE)  # objects may be cut
-        grid -= cv2.blur(grid, (5, 5))
-        # Normalised correlation would find the template in flat ground.
-        maps = [cv2.matchTemplate(grid, view, cv2.TM_CCOEFF) for view, _ in views]
-        best, row, column = np.unravel_index(np.argmax(maps), np.shape(maps))
-        cell = image.shape[::-1] / size
-        linear = np.diag(cell * CELLS / PATCH) @ views[best][1]
-        centre = (np.array([column, row]) - 2 + CELLS / 2) * cell - 0.5
-        warp = np.column_stack([linear, centre - linear.sum(1) * (PATCH - 1) / 2])
-        found.append((maps[best][row, column], warp))
-    found.sort(key=lambda pair: -pair[0])
-    return [warp for _, warp in found]
-
-
-def align(image: np.ndarray, template: np.ndarray, warps: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the best correlation with a template after alignments from some warps, and the patch.
-
-    The patch, (PATCH, PATCH), has mean 0 and deviation 1, and is 0 outside the image.
-    Source: ECC, Evangelidis and Psarakis 2008.
-    """
-    best, best_patch = 0.0, np.zeros_like(template)
-    detail = template - cv2.blur(template, (5, 5))
-    stop = cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 12, 1e-3
-    for warp in np.float32(warps):
-        try:
-            warp = cv2.findTransformECC(template, image, warp, cv2.MOTION_AFFINE, stop, None, 3)[1]
-        except cv2.error:  # it did not converge
-            continue
-        long, short = np.linalg.svd(np.nan_to_num(warp[:, :2]), compute_uv=False) * PATCH
-        patch = crop(image, warp)
-        inside = np.isfinite(patch)
-        if short < 6 or long > min(77, 2.6 * short) or inside.mean() < 0.45:
-            continue  # no object, but a strip, a speck or the whole image
-        deviation = patch[inside].std() + 2  # grey levels; 2 for the camera's noise
-        patch = np.where(inside, patch - patch[inside].mean(), 0) / deviation
-        found = (patch - cv2.blur(patch, (5, 5))) * inside
-        norms = np.linalg.norm(found) * np.linalg.norm(detail * inside) + 1e-3
-        r = (found * detail).sum() / norms * (1 - 2 / deviation)
-        if r > best:
-            best, best_patch = r, patch
-    return best, best_patch
-
-
-def match(images: np.ndarray, template: np.ndarray, starts: int, pmap=map):
-    """Return Fisher's z, (N,), of each image's correlation with a template, and the patches."""
-
-    def best(image):
-        return align(image, template, find_starts(image, template)[:starts])
-
-    r, patches = zip(*pmap(best, images), strict=True)
-    return np.arctanh(np.minimum(r, 0.999)), np.stack(patches)
-
-
-def same_object(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the indices of the match() scores that show the template.
-
-    Args: others, scores most of which do not: their low quantiles are those of chance likenesses.
-    """
-    low, centre = np.quantile(others, (0.15, 0.4))
-    cut = centre + 4 * max(centre - low, 0.09)
-    if scores.max() > cut:  # two groups: chance likenesses reach half of the objects' scores
-        cut = max(cut, 0.55 * np.quantile(scores[scores > cut], 0.75))
-    shown = np.flatnonzero(scores > cut)
-    return shown if len(shown) > 2 and np.median(scores[shown]) > 0.75 else shown[:0]
-
-
-def discover_template(images: np.ndarray, places: np.ndarray, pmap=map) -> np.ndarray | None:
-    """Return the template that most of the first images share, or None if fewer than 3 do.
-
-    Args: images, the strangest first; places (N, 2), (x, y) of what is strange there.
-    """
-    if len(images) < 64:  # too few to tell what is common from what is strange
-        return None
-    count = min(32, len(images) // 2)
-    pool = np.concatenate([images[:count], images[count:][::len(images) // 32 + 1]])
-    best, best_gain = None, 0
-    for side, i in itertools.product((44, 28, 16), range(min(5, count))):
-        scale = side / PATCH
-        patch = crop(images[i], np.column_stack([np.eye(2) * scale, places[i] - side / 2]))
-        patch = np.where(np.isfinite(patch), patch, np.nanmean(patch))
-        scores, patches = match(pool, patch, 3, pmap)
-        shown = same_object(scores[:count], scores[count:])
-        # A mere edge is everywhere: what counts is how much more these images show the patch.
-        gain = (scores[shown] - np.quantile(scores[count:], 0.75)).sum()
-        if gain > best_gain:
-            best, best_gain = np.median(patches[shown], axis=0), gain
-    if best is not None:
-        scores, patches = match(pool, best, STARTS, pmap)
-        shown = same_object(scores[:count], scores[count:])
-        best = np.median(patches[shown], axis=0) if len(shown) else best
-    return best
-
-
-def check_template(template: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Return the user's template as float32 (PATCH, PATCH), fit for images of that shape."""
-    height, width = template.shape
-    if height > shape[0] or width > shape[1]:
-        raise UserError(f"the template, {height}x{width}, is larger than the images, "
-                        f"{shape[0]}x{shape[1]}: crop it to the object")
-    if template.std() < 1:
-        raise UserError(f"the template is flat, grey level {template.mean():.0f}, and would match "
-                        "everywhere: take a picture of the object")
-    return cv2.resize(np.float32(template), (PATCH, PATCH), interpolation=cv2.INTER_AREA)
+def find_groups(shared: np.ndarray) -> np.ndarray:
+    """Return which images, bool (N,), are of a group of three or more that share points, int
+    (N, N): each is linked with at least two others, and surely with one."""
+    member = np.ones(len(shared), bool)
+    while True:
+        links = (shared[:, member] >= LINKED).sum(1)
+        stay = member & (links >= 2) & (shared[:, member].max(1, initial=0) >= SURE)
+        if np.array_equal(stay, member):
+            return member
+        member = stay
 
 
 def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | None = None,
                   seed: int = 0, log=print, pmap=map) -> pd.DataFrame:
-    """Return the images to take out: `index` (ascending), `reasons` and each detector's score.
+    """Return the images to take out: `index` (ascending); `shared`, the most points they have in
+    common with one other image; and `autoencoder_error`.
 
-    The autoencoder finds candidates; what several of them share becomes a template, one after
-    another; the images that match a template are the outliers.
-    Args: template, uint8 (h, w) in the images' pixels, in place of those looked for.
-    Raises: UserError if the template is flat (it matches everywhere) or larger than the images.
+    Args: images, masks, (N, H, W); template, uint8 (h, w) in the images' pixels: the first
+    outlier, in place of groups among the candidates.
+    Raises: UserError if the template is larger than the images or has too few points.
     """
-    if template is not None:
-        template = check_template(template, images.shape[1:])
-    small = shrink(images)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a gradient's sum depends on the number of threads
-    error = autoencoder_error(small, masks, seed)
-    torch.set_num_threads(threads)
-    if error is None:
-        log("cleaning: the autoencoder diverged; only a given template is compared")
-        error = np.zeros((len(small), 1, 1), np.float32)
-    places = [np.unravel_index(one.argmax(), one.shape)[::-1] for one in error]
-    places = np.array(places) * 8 + 3.5  # x, y in pixels
-    peaks = error.max((1, 2))
-    copies = pd.Series([image.tobytes() for image in small]).duplicated().to_numpy()
-    candidate = (peaks > 0) & ~copies
-    best, outliers = np.full(len(small), np.nan), np.zeros(len(small), bool)
-    for _ in range(MAX_TEMPLATES if template is None else 1):
-        order = [i for i in np.argsort(-peaks, kind="stable") if candidate[i]]
-        wanted = template
-        if template is None:
-            wanted = discover_template(small[order], places[order], pmap)
-        if wanted is None:
-            break
-        scores, _ = match(small, wanted, STARTS, pmap)
-        shown = same_object(scores, scores)
-        candidate[shown] = False
-        best = np.fmax(best, scores)
-        outliers = take_out(outliers, shown, masks, log)
-    columns = {"index": range(len(small)), "reasons": "template"}
-    scores = {"template_score": best, "autoencoder_score": peaks}
-    found = pd.DataFrame(columns | scores)
-    return found[outliers].reset_index(drop=True)
-
-
-def take_out(outliers: np.ndarray, shown: np.ndarray, masks: np.ndarray, log) -> np.ndarray:
-    """Return the outliers, bool (N,), and the images shown; without these if that is too much."""
-    more = outliers.copy()
-    more[shown] = True
-    lost = np.setdiff1d(masks, masks[~more])
-    if more.mean() <= MAX_SHARE and not len(lost):
-        return more
-    whole = f" and the whole of class {lost[0]}" if len(lost) else ""
-    log(f"cleaning: {more.sum()} of {len(more)} images{whole} would go: refused")
-    return outliers
+    images, masks = np.uint8(np.nan_to_num(images)), np.uint8(masks)
+    error = autoencoder_error(images, masks, seed)
+    if np.isnan(error).any():
+        log("cleaning: the autoencoder diverged; the first images are its candidates")
+    copies = pd.Series([image.tobytes() for image in images]).duplicated()
+    different = np.flatnonzero(~copies)
+    if template is None:
+        features = Features.of(images, masks, pmap)
+        candidates = different[np.argsort(-error[different], kind="stable")[:CANDIDATES]]
+        shared = features.compare(candidates, candidates, pmap)
+        member = find_groups(shared)
+    else:
+        features = Features.of([*images, template], [*masks, np.ones_like(template)], pmap)
+        points = features.labelled[-1].sum()
+        if points < SURE or (np.array(template.shape) > images.shape[1:]).any():
+            raise UserError(f"the template, {template.shape}, must be no larger than the images, "
+                            f"{images.shape[1:]}, and have {SURE} points of detail, not {points}: "
+                            "crop a picture to the object")
+        shared = features.compare([len(images)], different, pmap)
+        member = shared[-1] >= SURE
+    exemplars = np.zeros(0, int)
+    while len(new := np.setdiff1d(np.flatnonzero(member), exemplars)[:EXEMPLARS - len(exemplars)]):
+        exemplars = np.append(exemplars, new)
+        shared = np.maximum(shared, features.compare(new, different, pmap))
+        member |= (shared[exemplars] >= LINKED).sum(0) > 1
+    outliers = np.flatnonzero(member[:len(images)])
+    lost = np.setdiff1d(masks, np.delete(masks, outliers, 0))
+    if len(outliers) > MAX_SHARE * len(images) or len(lost):
+        whole = f" and the whole of class {lost[0]}" if len(lost) else ""
+        log(f"cleaning: {len(outliers)} of {len(images)} images{whole} would go: refused")
+        outliers = outliers[:0]
+    return pd.DataFrame({"index": outliers, "shared": shared[outliers].max(1, initial=0),
+                         "autoencoder_error": error[outliers]})
 
 
 def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, pmap=map) -> None:

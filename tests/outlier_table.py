@@ -18,7 +18,8 @@ import lib  # noqa: E402
 
 
 def main():
-    """Print a row for every count and share: three draws' recall, precision, images taken."""
+    """Print a row for every count and share: three draws' recall, precision, images taken, and how
+    many of the outliers the autoencoder's candidates hold."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default=ROOT / "data" / "sample.npz")
     parser.add_argument("--public", help="file whose train_outliers are known")
@@ -28,15 +29,18 @@ def main():
     if args.public:
         train = np.delete(train, np.load(args.public)["train_outliers"], 0)
     pmap = ThreadPoolExecutor(os.cpu_count()).map
-    print("| tiles | share | recall | precision | taken |\n|--:|--:|---|---|---|")
+    print("| tiles | share | recall | precision | taken | autoencoder |\n|--:|--:|---|---|---|---|")
     for count in args.counts or [len(train)]:
-        for share in (0, 0.04, 0.15, 0.25):
+        for share in (0, 0.01, 0.04, 0.15, 0.25):
             rows = []
             for draw in (6, 7, 8):
                 *case, true = outlier_sets.make_set(train[:, 0], train[:, 1], count, share, draw)
                 found = lib.find_outliers(*case, log=lambda _: None, pmap=pmap)["index"]
                 hits = np.isin(found, true).sum()
-                rows.append((hits / max(1, len(true)), hits / max(1, len(found)), len(found)))
+                error = lib.autoencoder_error(*case, 0)
+                strange = np.isin(np.argsort(-error)[:lib.CANDIDATES], true).sum()
+                rows.append((hits / max(1, len(true)), hits / max(1, len(found)), len(found),
+                             strange / max(1, len(true))))
             cells = [" ".join(f"{x:.3g}" for x in column) for column in zip(*rows, strict=True)]
             print(f"| {count} | {share:.0%} | {' | '.join(cells)} |", flush=True)
 
