@@ -67,6 +67,7 @@ KEYS = ("training_set", "test_set", "test_labels")  # of the competition's file
 KAGGLE_INPUT = Path("/kaggle/input")                # read-only
 SAVE_SECONDS = 30                                   # between two checkpoints of a network
 MAX_BYTES = 8 << 30  # of arrays in memory: the competition's file is 0.43 GB
+TEST_FOLD = -2       # fold_of a test tile; -1: of a tile that validates no network
 CHUNK = 256          # tiles whose probabilities are held as floats at once: 42 MB
 
 
@@ -89,6 +90,7 @@ class Data:
     test_labels: np.ndarray | None = None
     mean: float = 0.0           # of the training images' grey values
     std: float = 1.0
+    scale: tuple[float, float] = (0.0, 255.0)  # what became grey value 0 and 255
     notes: list[str] = field(default_factory=list)  # warnings to be printed
 
 
@@ -160,10 +162,12 @@ def load_data(path: str | Path) -> Data:
     if "test_set" in arrays:
         check_shape(f"{path}: test_set", test, (0, *train.shape[2:]))
     masks = to_labels(train[:, 1], f"{path}: training_set[:, 1]")
-    images, test_images = to_uint8(path, {"training_set[:, 0]": train[:, 0], "test_set": test})
+    sets = {"training_set[:, 0]": train[:, 0], "test_set": test}
+    scale = common_scale(path, sets)
+    images, test_images = (to_uint8(x, scale) for x in sets.values())
     sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     data = Data(path, sha256, images, masks, test_images, images[:0],
-                mean=float(images.mean()), std=max(1.0, float(images.std())))
+                mean=float(images.mean()), std=max(1.0, float(images.std())), scale=scale)
     if len(test) == 0:
         data.notes.append("no test_set in the file: there will be scores and no submission")
     elif "test_labels" in arrays:
@@ -188,8 +192,15 @@ def load_test_set(data: Data, path: str | Path, out: Path | None = None) -> None
         raise UserError(f"--test: first finish the run in {out}, without --test")
     path = find_data_file(path)
     arrays = read_npz(path, "test_set")
-    check_shape(f"{path}: test_set", arrays["test_set"], (0, *data.images.shape[1:]))
-    data.test_images = to_uint8(path, {"test_set": arrays["test_set"]})[0]
+    test = arrays["test_set"]
+    check_shape(f"{path}: test_set", test, (0, *data.images.shape[1:]))
+    before = np.array(data.scale)[:, None, None]
+    common_scale(path, {"the run's training_set": before, "test_set": test})
+    outside = ((test < data.scale[0]) | (test > data.scale[1])).mean()
+    if outside > 0.01:
+        raise UserError(f"{path}: the sets are not of one scale, {outside:.0%} of test_set lie "
+                        f"outside {data.scale}, the training images' range")
+    data.test_images = to_uint8(test, data.scale)
     data.test_labels = None
     if "test_labels" in arrays:
         check_shape(f"{path}: test_labels", arrays["test_labels"], data.test_images.shape)
@@ -223,9 +234,11 @@ def to_labels(labels: np.ndarray, name: str) -> np.ndarray:
                     f") hold {np.unique(labels[bad])[:6].tolist()}, not labels 0 to 4; {cure}")
 
 
-def to_uint8(path: Path, sets: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Return images of any numeric dtype as contiguous uint8. Fractions 0 to 1 are multiplied by
-    255; if a value is outside 0 to 255, one line maps all sets. UserError if they differ in scale.
+def common_scale(path: Path, sets: dict[str, np.ndarray]) -> tuple[float, float]:
+    """Return the values that become grey 0 and 255 in all sets of images: 0 and 255, unless a value
+    lies outside. UserError for NaN, or sets of different scales.
+
+    Sets of fractions, 0 to 1, keep that scale, see to_uint8.
     """
     for key, images in sets.items():
         good = np.isfinite(images).all((1, 2))
@@ -234,22 +247,29 @@ def to_uint8(path: Path, sets: dict[str, np.ndarray]) -> list[np.ndarray]:
                             f"{good.argmin()}; replace them or drop the image")
     ends = {key: (float(x.min()), float(x.max())) for key, x in sets.items() if x.size}
     low = min(0.0, *(least for least, _ in ends.values()))
-    high = max(0.0, *(most for _, most in ends.values()))
-    if low == 0 and high <= 255:
-        high = 255
-    converted = []
-    for key, images in sets.items():
-        least, most = ends.get(key, (0, 255))
-        fractions = low == 0 and images.dtype.kind in "bf" and most <= 1
-        zero, factor = (0, 255) if fractions else (low, 255 / (high - low))
-        if 0 < (most - least) * factor < 8 and len(ends) > 1:
+    high = max(0.0 if low else 255.0, *(most for _, most in ends.values()))
+    for key, (least, most) in ends.items():
+        white = 1 if is_fraction(sets[key], low) else high - low
+        if 0 < (most - least) * 255 < 8 * white and len(ends) > 1:  # under 8 grey values
             raise UserError(f"{path}: the sets are not of one scale, from least to most: {ends}; "
                             "map both to 0 to 255")
-        whole = np.empty(images.shape, np.uint8)
-        for i, image in enumerate(images):  # one at a time: float64 is eight times as large
-            whole[i] = np.rint((image.astype(np.float64) - zero) * factor)
-        converted.append(whole)
-    return converted
+    return low, high
+
+
+def is_fraction(images: np.ndarray, low: float) -> bool:
+    """Return whether 1 is white in images, of a scale that begins at low."""
+    return low == 0 and images.dtype.kind in "bf" and images.size > 0 and images.max() <= 1
+
+
+def to_uint8(images: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Return images of any numeric dtype as contiguous uint8 of a common_scale; fractions 0 to 1
+    are multiplied by 255."""
+    low, high = (0, 1) if is_fraction(images, scale[0]) else scale
+    whole = np.empty(images.shape, np.uint8)
+    for i, image in enumerate(images):  # one at a time: float64 is eight times as large
+        grey = (image.astype(np.float64) - low) * 255 / (high - low)
+        whole[i] = np.rint(grey).clip(0, 255)
+    return whole
 
 
 def fingerprint(data: Data) -> dict:
@@ -268,15 +288,15 @@ def describe(data: Data) -> list[str]:
 
 # ------------------------------------------------------------------------------------- 2. outliers
 #
-# What images that are no Mars have in common is an object, drawn into each at some size, tilt and
-# light; Mars does not repeat itself. So an outlier is an image that shares points with others:
-# local features (SIFT, Lowe 2004) that are alike and that one affine map carries from image to
-# image. Where there are too many images to compare each with each, the autoencoder says which are
-# strange; groups among these are the templates, and all images that match them are outliers.
+# Outliers are tiles with an object drawn in, at any size, tilt and light; Mars does not repeat
+# itself. So an outlier is an image that shares points with others: local features (SIFT, Lowe
+# 2004) that are alike and that one affine map carries from image to image. Where there are too
+# many images to compare each with each, the autoencoder names the strangest ones. Groups among
+# these are the exemplars: every image that shares points with two of them is an outlier.
 
 MAX_SHARE = 0.3      # a cut that takes out more of the images is likelier wrong than they are
-CANDIDATES = 224     # the strangest images, compared with one another
-EXEMPLARS = 40       # outliers that all images are compared with
+CANDIDATES = 256     # the strangest images, compared with one another
+EXEMPLARS = 40       # outliers that all images are compared with, at most
 POINTS = 60          # of an image, the strongest
 LINKED, SURE = 5, 7  # shared points: unrelated images have 5 now and then, hardly ever 7
 # where a descriptor's 4×4 histograms of 8 directions lie in that of the mirror image
@@ -286,7 +306,8 @@ MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1, :, -np.arange(8)].ravel()
 def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.ndarray:
     """Return each image's largest reconstruction error, (N,); NaN if the training diverged.
 
-    It is weighted by the labelled share: the rover is strange too, but unlabelled.
+    It is weighted by the labelled share: the rover is strange too, but unlabelled. The last bits
+    depend on the number of threads, which main() sets to one.
     """
     height, width = (8 * round(min(8 * n / min(images.shape[1:]), 32)) for n in images.shape[1:])
 
@@ -305,7 +326,7 @@ def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.nd
             nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1))
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.Adam(autoencoder.parameters(), 5e-3)
-    for _ in range(150):
+    for _ in range(100):
         batch = x[rng.integers(len(x), size=32)]
         loss = F.mse_loss(autoencoder(batch), batch)
         optimizer.zero_grad()
@@ -324,6 +345,7 @@ class Features:
     points: np.ndarray         # float32 (N, POINTS, 2): x, y in 64ths of images' shorter side
     descriptors: torch.Tensor  # float32 (N, POINTS, 128), of length 1; 0: there is no point
     labelled: np.ndarray       # bool (N, POINTS)
+    width: float               # the images' longer side, in 64ths of the shorter one
 
     @classmethod
     def of(cls, images: list[np.ndarray], masks: list[np.ndarray], pmap=map) -> Features:
@@ -334,8 +356,10 @@ class Features:
         scale = 3 * 64 / min(images[0].shape)  # times 3, as objects may be small
 
         def detect(i: int) -> None:
-            large, mask = (cv2.resize(layer, None, fx=scale, fy=scale, interpolation=how) for
-                           layer, how in ((images[i], cv2.INTER_CUBIC), (masks[i], 0)))
+            size = [max(1, round(side * scale)) for side in images[i].shape[::-1]]
+            smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+            large = cv2.resize(images[i], size, interpolation=smooth)
+            mask = cv2.resize(masks[i], size, interpolation=cv2.INTER_NEAREST)
             sift = cv2.SIFT_create(POINTS, contrastThreshold=0.03)
             keypoints, found = sift.detectAndCompute(large, None)
             for k, keypoint in enumerate(keypoints[:POINTS]):
@@ -346,10 +370,11 @@ class Features:
                 descriptors[i, k] = np.sqrt(found[k] / max(found[k].sum(), 1))
 
         list(pmap(detect, range(len(images))))
-        return cls(points, torch.from_numpy(descriptors), labelled)
+        width = 64 * max(images[0].shape) / min(images[0].shape)
+        return cls(points, torch.from_numpy(descriptors), labelled, width)
 
     def compare(self, ones: np.ndarray, others: np.ndarray, pmap=map) -> np.ndarray:
-        """Return the points that images share with others, int8 (N, N); of other pairs 0."""
+        """Return how many points each of ones shares with each of others, int8 (N, N), else 0."""
         shared = np.zeros((len(self.points), len(self.points)), np.int8)
         pairs = np.zeros(shared.shape, bool)
         pairs[np.ix_(ones, others)] = True
@@ -361,8 +386,8 @@ class Features:
 
     def count_shared(self, one: int, others: np.ndarray) -> np.ndarray:
         """Return how many points of an image, or of its mirror image, an affine map carries to
-        those of each of the others, (len(others),). Points that are labelled in neither do not
-        count: parts of the rover are alike."""
+        those of each of the others, (len(others),). Pairs of points of which neither is labelled
+        do not count: the rover's parts look alike."""
         shared = np.zeros(len(others), int)
         own = self.descriptors[one]
         starts = range(0, len(others), 64)  # the likenesses of so many stay in the cache
@@ -387,12 +412,11 @@ class Features:
         if warp is None:
             return 0
         long, short = np.linalg.svd(warp[:, :2], compute_uv=False)
-        if long > 6 or short < 1 / 6 or long > 2.6 * short:
-            return 0  # no object is stretched so much
-        if fits.sum() < LINKED:
-            return 0
-        # a blob has several features: of those within 2 pixels one counts
-        fitting = (side[fits[:, 0] > 0] for side in points)
+        fitting = [side[fits[:, 0] > 0] for side in points]
+        width = np.ptp(fitting, 1).max()
+        if long > 6 or short < 1 / 6 or long > 2.6 * short or width > min(80, 0.8 * self.width):
+            return 0  # stretched too much, or too wide, for an object: the same scene
+        # a blob has several features: of those in one square of 2×2 one counts
         return min(len(np.unique(np.rint(side / 2), axis=0)) for side in fitting)
 
 
@@ -411,18 +435,23 @@ def find_groups(shared: np.ndarray) -> np.ndarray:
 def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | None = None,
                   seed: int = 0, log=print, pmap=map) -> pd.DataFrame:
     """Return the images to take out: `index` (ascending); `shared`, the most points they have in
-    common with one other image; and `autoencoder_error`.
+    common with another image or the template; and `autoencoder_error`.
 
     Args: images, masks, (N, H, W); template, uint8 (h, w) in the images' pixels: the first
     outlier, in place of groups among the candidates.
     Raises: UserError if the template is larger than the images or has too few points.
     """
+    if template is not None and (np.array(template.shape) > images.shape[1:]).any():
+        raise UserError(f"the template, {template.shape}, is larger than the images, "
+                        f"{images.shape[1:]}: crop a picture to the object")
     images, masks = np.uint8(np.nan_to_num(images)), np.uint8(masks)
     error = autoencoder_error(images, masks, seed)
     if np.isnan(error).any():
         log("cleaning: the autoencoder diverged; the first images are its candidates")
-    copies = pd.Series([image.tobytes() for image in images]).duplicated()
-    different = np.flatnonzero(~copies)
+    first = {}  # of equal images
+    original = np.array([first.setdefault(image.tobytes(), i) for i, image in enumerate(images)])
+    different = np.unique(original)
+    exemplars = np.zeros(0, int)
     if template is None:
         features = Features.of(images, masks, pmap)
         candidates = different[np.argsort(-error[different], kind="stable")[:CANDIDATES]]
@@ -431,24 +460,24 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | 
     else:
         features = Features.of([*images, template], [*masks, np.ones_like(template)], pmap)
         points = features.labelled[-1].sum()
-        if points < SURE or (np.array(template.shape) > images.shape[1:]).any():
-            raise UserError(f"the template, {template.shape}, must be no larger than the images, "
-                            f"{images.shape[1:]}, and have {SURE} points of detail, not {points}: "
-                            "crop a picture to the object")
-        shared = features.compare([len(images)], different, pmap)
+        if points < SURE:
+            raise UserError(f"the template has {points} points of detail, {SURE} are needed: crop "
+                            "a picture to the object")
+        exemplars = np.append(exemplars, len(images))
+        shared = features.compare(exemplars, different, pmap)
         member = shared[-1] >= SURE
-    exemplars = np.zeros(0, int)
     while len(new := np.setdiff1d(np.flatnonzero(member), exemplars)[:EXEMPLARS - len(exemplars)]):
         exemplars = np.append(exemplars, new)
         shared = np.maximum(shared, features.compare(new, different, pmap))
         member |= (shared[exemplars] >= LINKED).sum(0) > 1
-    outliers = np.flatnonzero(member[:len(images)])
+    outliers = np.flatnonzero(member[original])
     lost = np.setdiff1d(masks, np.delete(masks, outliers, 0))
     if len(outliers) > MAX_SHARE * len(images) or len(lost):
         whole = f" and the whole of class {lost[0]}" if len(lost) else ""
         log(f"cleaning: {len(outliers)} of {len(images)} images{whole} would go: refused")
         outliers = outliers[:0]
-    return pd.DataFrame({"index": outliers, "shared": shared[outliers].max(1, initial=0),
+    shared = shared[original[outliers]].max(1, initial=0)
+    return pd.DataFrame({"index": outliers, "shared": shared,
                          "autoencoder_error": error[outliers]})
 
 
@@ -627,7 +656,7 @@ def _grow_frames(n: int, links: list[list], priors: list[float]) -> list[dict]:
     unlisted = -5  # the ratio of other pairs, of which 1 % of the true ones are
     frames = [{(0, 0): tile} for tile in range(n)]
     place = {tile: (tile, 0, 0) for tile in range(n)}
-    for least in (9, 3.5, 3.5):  # what waits may become likely when more tiles touch
+    for least in (9, 3, 0):  # the surest first; what waits may become likely as more tiles touch
         waiting = []
         for link in sorted(queue):
             _, first, second, down, right = link
@@ -839,7 +868,7 @@ def context_log_ratios(masks: np.ndarray, fold_of: np.ndarray, place: np.ndarray
     more = place.shape[1] - len(masks)  # test tiles, without labels
     shares = np.pad(class_cells(masks), ((0, more), (0, 0), (0, 0), (0, 0)))
     shares[:, 0] = 0
-    fold_of = np.pad(fold_of, (0, more), constant_values=-2)
+    fold_of = np.pad(fold_of, (0, more), constant_values=TEST_FOLD)
 
     def one_fold(fold: int) -> np.ndarray:
         seen = shares * (fold_of != fold)[:, None, None, None]
@@ -1462,7 +1491,7 @@ class Clock:
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit = path, max(1.0, max_hours * 3600)
         self.start = self.saved = time.monotonic()
-        self.before = float(read_json(path).get("seconds", 3.0))  # importing torch takes three
+        self.before = float(read_json(path).get("seconds") or 3.0)  # importing torch takes three
 
     def used(self) -> float:
         return self.before + time.monotonic() - self.start
@@ -1683,7 +1712,7 @@ class StageInput:
     mean: float                 # of the training images' grey values
     std: float
     targets: torch.Tensor       # int8 (T, H, W); -1: ignored, as of test tiles
-    fold_of: torch.Tensor       # int64 (T,): of a test tile -2
+    fold_of: torch.Tensor       # int64 (T,): of a test tile TEST_FOLD
     is_rare: torch.Tensor       # bool (NUM_CLASSES,)
     first_class: int            # of the networks' outputs; 1: background is never predicted
     paste: float = 0.0          # share of the windows trained on that get rare classes pasted
@@ -1706,7 +1735,7 @@ class StageInput:
         tiles = np.concatenate([data.images, data.test_images])
         targets = np.full(tiles.shape, -1, np.int8)
         targets[:len(data.masks)] = data.masks
-        folds = np.full(len(tiles), -2)
+        folds = np.full(len(tiles), TEST_FOLD)
         folds[:len(data.masks)] = fold_of
         arrays = (torch.from_numpy(array) for array in (tiles, targets, folds, is_rare))
         tiles, targets, folds, is_rare = arrays
@@ -1730,7 +1759,7 @@ class StageInput:
                                    padding=-(-self.padding // 2))
 
     def windows(self, tiles: torch.Tensor, gen: torch.Generator | None = None,
-                held_out: int = -9) -> Batch:
+                held_out: int = TEST_FOLD) -> Batch:
         """Return windows around tiles and their labels.
 
         With gen, for training: at a random place around the tile, with the labels of all tiles
@@ -2194,6 +2223,7 @@ def save_probabilities(path: Path, out_of_fold: np.ndarray, test: np.ndarray) ->
     """Write bytes (N, C, H, W) and (M, C, H, W), to be averaged with other runs' by the user."""
     with atomic_write(path) as f:
         np.savez(f, out_of_fold=out_of_fold, test=test)
+
 
 def describe_test(labels: np.ndarray, probs: np.ndarray, truth: np.ndarray | None) -> dict:
     """Return the shares of the classes among labels (M, H, W), the mean of the largest of probs,

@@ -9,8 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cv2
 import numpy as np
 import outlier_sets
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -28,6 +30,8 @@ def main():
     train = np.load(args.data)["training_set"]
     if args.public:
         train = np.delete(train, np.load(args.public)["train_outliers"], 0)
+    torch.set_num_threads(1)  # as solve.main does it
+    cv2.setNumThreads(1)
     pmap = ThreadPoolExecutor(os.cpu_count()).map
     print("| tiles | share | recall | precision | taken | autoencoder |\n|--:|--:|---|---|---|---|")
     for count in args.counts or [len(train)]:

@@ -114,6 +114,8 @@ ARRAYS = {  # by name: what is changed; parts of the sentence
     "16_test_1.5": (edited("test_labels", (2, 0, 0), 1.5, float), ["test_labels", "[2]", "[1.5]"]),
     "17_background": (training_set(masks=0 * MASKS), ["every training pixel", "background"]),
     "57_standardised": (training_set(IMAGES / 60.0 - 2), ["(-1.8", "'test_set': (8.0", "scale"]),
+    "57_fractions_of_fractions": (training_set(IMAGES / 255) | {"test_set": TEST / 255 ** 2},
+                                   ["'test_set': (0.0", "scale"]),
     "57_truncated": ({"test_set": TEST // 200}, ["'test_set': (0.0, 1.0)", "scale"])}
 LABELS = {  # fault 58: labels of others, and what the sentence says turns them into ours
     "labels - 1": MASKS + 1, "np.rint(labels / 63)": MASKS * 63,
@@ -289,6 +291,22 @@ def test_notes(tmp_path, changed, note):
     assert len(data.notes) == 1 and note in data.notes[0] and len(data.images) == 24
     assert f"note: {data.notes[0]}" in lib.describe(data)
     assert len(data.test_images) == 6 * ("test_labels" not in changed)
+
+
+def test_another_test_set_is_of_the_first_ones_scale(tmp_path):
+    """Of standardised images the training file's range decides what is black and white, whatever
+    the other file's range; and images of plainly another scale are refused."""
+    data = lib.load_data(write(tmp_path / "m.npz", npz(
+        **training_set(IMAGES / 60.0 - 2) | {"test_set": TEST / 60.0 - 2})))
+    before = data.test_images[1:3].copy()
+    other = {"training_set": None, "test_set": TEST[1:3] / 60.0 - 2, "test_labels": None}
+    lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other)))
+    np.testing.assert_array_equal(data.test_images, before)
+    with pytest.raises(lib.UserError, match="not of one scale"):
+        lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST * 99})))
+    data = lib.load_data(tmp_path / "m.npz")
+    with pytest.raises(lib.UserError, match="outside"):
+        lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST / 9.0})))
 
 
 def test_another_test_set_takes_the_place_of_the_first(tmp_path):

@@ -71,7 +71,7 @@ def test_user_template_finds_its_copies(tiles):
 
 
 @pytest.mark.fault(20, 21)
-@pytest.mark.parametrize(("shape", "word"), [((20, 20), "not 0"), ((65, 20), "larger")])
+@pytest.mark.parametrize(("shape", "word"), [((20, 20), " 0 points"), ((65, 20), "larger")])
 def test_unfit_template_is_an_error(tiles, shape, word):
     """A flat template, and one that is larger than the images, are the user's mistakes."""
     template = np.full(shape, 128, np.uint8)
@@ -108,6 +108,14 @@ def test_a_diverged_autoencoder_is_said(drawn, found, monkeypatch):
     again = lib.find_outliers(*drawn[:2], log=sentences.append)
     assert again["index"].equals(found["index"])  # 120 images are all candidates
     assert len(sentences) == 1 and "autoencoder" in sentences[0]
+
+
+def test_copies_go_with_their_outlier(drawn, found):
+    """Exact copies of outliers, which are not compared, are taken out too."""
+    again = found["index"][:3]
+    images, masks = (np.concatenate([x, x[again]]) for x in drawn[:2])
+    index = lib.find_outliers(images, masks, log=ignore)["index"].tolist()
+    assert index == [*found["index"], *range(len(drawn[0]), len(images))]
 
 
 @pytest.mark.slow
