@@ -86,7 +86,6 @@ class Data:
     images: np.ndarray
     masks: np.ndarray
     test_images: np.ndarray     # (M, H, W); M may be 0
-    outlier_images: np.ndarray  # those that the cleaning took out of images
     test_labels: np.ndarray | None = None
     mean: float = 0.0           # of the training images' grey values
     std: float = 1.0
@@ -166,7 +165,7 @@ def load_data(path: str | Path) -> Data:
     scale = common_scale(path, sets)
     images, test_images = (to_uint8(x, scale) for x in sets.values())
     sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-    data = Data(path, sha256, images, masks, test_images, images[:0],
+    data = Data(path, sha256, images, masks, test_images,
                 mean=float(images.mean()), std=max(1.0, float(images.std())), scale=scale)
     if len(test) == 0:
         data.notes.append("no test_set in the file: there will be scores and no submission")
@@ -482,11 +481,8 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | 
 
 
 def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, pmap=map) -> None:
-    """Move the outliers from data.images to data.outlier_images; outliers.csv beside state says
-    why. It is decided once: a run that goes on trains on the same images.
-
-    Args: template, the path of a picture, or "".
-    """
+    """Take the outliers out of data's images and masks; outliers.csv beside state says why. It is
+    decided once: a run that goes on trains on the same images."""
     start = time.monotonic()
     decided = read_json(state / "cleaned.json")
     if ranks.rank == 0 and not decided:
@@ -502,7 +498,6 @@ def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, 
     index = np.array(ranks.share(decided)["index"], np.int64)
     print(f"cleaning: {len(index)} of {len(data.images)} training images are outliers "
           f"({state.parent / 'outliers.csv'}), {time.monotonic() - start:.0f} s", flush=True)
-    data.outlier_images = data.images[index]
     data.images = np.delete(data.images, index, 0)
     data.masks = np.delete(data.masks, index, 0)
 
@@ -1242,26 +1237,20 @@ def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
     labels = weighted.argmax(1)
     for c in np.flatnonzero(peaks) if peaks is not None else ():
         own = labels == c
-        part = scipy.ndimage.label(own, IN_ONE_IMAGE)[0]
-        sure = np.unique(part[own & (probs[:, c] >= peaks[c])])
-        weighted[:, c][own & ~np.isin(part, sure)] = -1
+        sure = own & (probs[:, c] >= peaks[c])
+        sure = scipy.ndimage.binary_propagation(sure, IN_ONE_IMAGE, own)
+        weighted[:, c][own & ~sure] = -1
         labels = weighted.argmax(1)
     return labels.astype(np.uint8)
 
 
 def clean_likeliest(probs: np.ndarray, first_class: int, pmap=map) -> np.ndarray:
     """Return the likeliest classes, cleaned, uint8 (folds, T, H, W), of probs, bytes."""
-    masks = np.zeros((*probs.shape[:2], *probs.shape[3:]), np.uint8)
-
-    def clean(part: slice) -> None:
-        for fold, own in enumerate(probs[:, part]):
-            masks[fold, part] = clean_masks(own[:, first_class:].argmax(1) + first_class)
-
-    map_slices(clean, probs.shape[1], pmap=pmap)
-    return masks
+    factors = np.ones((probs.shape[1], NUM_CLASSES))
+    return np.stack([decide(own, factors, first_class, None, pmap) for own in probs])
 
 
-def decide(probs: np.ndarray, factors: np.ndarray, first_class: int, peaks: np.ndarray,
+def decide(probs: np.ndarray, factors: np.ndarray, first_class: int, peaks: np.ndarray | None,
            pmap=map) -> np.ndarray:
     """Return the labels of apply_thresholds, cleaned, uint8 (N, H, W), of bytes (N, C, H, W) and
     factors (N, C)."""
@@ -1273,13 +1262,10 @@ def decide(probs: np.ndarray, factors: np.ndarray, first_class: int, peaks: np.n
     return np.concatenate([np.zeros((0, *probs.shape[2:]), np.uint8), *parts])
 
 
-def mean_of_folds(probs: np.ndarray, pmap=map) -> np.ndarray:
+def mean_of_folds(probs: np.ndarray) -> np.ndarray:
     """Return the mean over folds, bytes (M, C, H, W), of bytes (folds, M, C, H, W)."""
-    def one_part(part: slice) -> np.ndarray:
-        return to_bytes(from_bytes(probs[:, part]).mean(0))
-
-    parts = map_slices(one_part, probs.shape[1], CHUNK // 4, pmap)
-    return np.concatenate([np.zeros((0, *probs.shape[2:]), np.uint8), *parts])
+    total = probs.sum(0, dtype=np.uint16)
+    return np.uint8((total + len(probs) // 2) // len(probs))  # rounded
 
 
 def fit_thresholds(probs: np.ndarray, masks: np.ndarray, peaks: np.ndarray) -> np.ndarray:
@@ -1337,32 +1323,18 @@ def calibration_error(probs: np.ndarray, masks: np.ndarray) -> float:
 
 def option(default, text: str, choices: tuple | None = None, least: float = 0, most: float = 1e18,
            group: str = ""):
-    """Return a dataclass field that parse_flags makes a flag of.
-
-    Args: choices, all values allowed; least and most, of numbers; group, the heading that begins
-    above this flag in the help.
-    """
+    """Return a dataclass field that parse_flags makes a flag of, below the heading group."""
     return field(default=default, metadata={"help": text, "choices": choices, "group": group,
                                             "least": least, "most": most})
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Flags whose faults are UserErrors, with the nearest right name for a mistyped one."""
-
-    def error(self, message: str):
-        cure = ""
-        if message.startswith("unrecognized"):
-            flag = re.search(r": (\S+)", message)[1].split("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.4)
-            cure = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"{message}{cure}; see --help")
-
-
 def parse_flags(config: type, argv: list[str], description: str) -> dict:
-    """Return field → value of the flags in argv, for a dataclass whose flags option() made."""
-    parser = FlagParser(description=description, usage="%(prog)s [options]", allow_abbrev=False,
-                        argument_default=argparse.SUPPRESS,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return field → value of the flags in argv, for a dataclass whose flags option() made; raise
+    UserError for a fault in them."""
+    parser = argparse.ArgumentParser(
+        description=description, usage="%(prog)s [options]", allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     section = parser
     fields = {f.name: f for f in dataclasses.fields(config) if f.metadata}
     for name, f in fields.items():
@@ -1375,7 +1347,16 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
         else:
             section.add_argument(f"--{flag}", type=type(f.default), choices=about["choices"],
                                  metavar=str(f.default) or "FILE", help=about["help"])
-    given = vars(parser.parse_args(argv))
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e}; see --help") from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, parser._option_string_actions, 1, 0.4)
+        cure = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{cure}; see --help")
+    given = vars(given)
     for name, value in given.items():
         about, flag = fields[name].metadata, name.replace("_", "-")
         if not isinstance(value, str) and not about["least"] <= value <= about["most"]:
@@ -1560,7 +1541,7 @@ class Workers:
         if self.stopping.is_set():
             raise Stopped
 
-    def run(self, work, meanwhile=None) -> None:
+    def run(self, work, meanwhile=lambda: None) -> None:
         """Call work(device) in every worker, and meanwhile() now and then, until all are done.
 
         An error in one, or a signal, ends the others at their next check() and is raised here.
@@ -1568,10 +1549,8 @@ class Workers:
         def guarded(device: torch.device) -> None:
             torch.set_num_threads(self.threads)  # holds for the calling thread alone
             try:
-                with on_stream(device):
+                with contextlib.suppress(Stopped), on_stream(device):
                     work(device)
-            except Stopped:
-                pass
             except BaseException:
                 self.stopping.set()
                 raise
@@ -1582,8 +1561,7 @@ class Workers:
                 futures = [pool.submit(guarded, device) for device in self.devices]
                 # signals reach the main thread alone, between two looks
                 while concurrent.futures.wait(futures, 0.1).not_done:
-                    if meanwhile is not None:
-                        meanwhile()
+                    meanwhile()
                     if self.clock is not None:
                         self.clock.save_now_and_then()
             finally:
@@ -1722,9 +1700,8 @@ class StageInput:
     flag_only: bool = False     # whether the predicted background is all that is seen of masks
 
     def __post_init__(self):
-        rare = [self.is_rare[part.clamp_min(0).int()].flatten(1).any(1)
-                for part in self.targets.split(CHUNK)]
-        self.holds_rare = torch.cat(rare)  # bool (T,): tiles with a pixel of a rare class
+        rare = self.is_rare.nonzero().flatten().to(self.targets.dtype)  # never class 0
+        self.holds_rare = torch.isin(self.targets, rare).flatten(1).any(1)  # bool (T,)
 
     @classmethod
     def of_tiles(cls, data: Data, place: np.ndarray | None, fold_of: np.ndarray,
@@ -1977,10 +1954,9 @@ def train_side_by_side(networks: list[TrainingState], advance, workers: Workers,
         with lock:
             free = [network for network in networks if network not in busy
                     and network.device == device and not network.finished]
-            if not free:
-                return None
-            busy.append(min(free, key=lambda network: len(network.history)))
-            return busy[-1]
+            network = min(free, key=lambda network: len(network.history), default=None)
+            busy.append(network)
+            return network
 
     def work(device: torch.device) -> None:
         while network := take(device):
@@ -2020,7 +1996,13 @@ class Progress:
         reached = min(going) if going else max(map(len, histories), default=0)
         while self.shown < reached:
             self.shown += 1
-            figures = describe_epoch([history[:self.shown][-1] for history in histories])
+            records = [history[:self.shown][-1] for history in histories]
+            losses = [record["loss"] for record in records]
+            scores = [record["score"] for record in records]
+            pooled, iou = iou_scores(np.sum([record["confusion"] for record in records], 0))
+            classes = [f"  {name} {x:.3f}" for name, x in zip(CLASSES[1:], iou[1:], strict=True)]
+            figures = (f"loss {np.mean(losses):.4f}  score {pooled:.4f} ({np.mean(scores):.4f} ± "
+                       f"{np.std(scores):.4f}){''.join(classes)}")
             if self.bar is None:
                 with contextlib.suppress(OSError):  # as of a full disk: training goes on
                     print(f"{self.title}  epoch {self.shown}/{self.epochs}  {figures}  "
@@ -2032,17 +2014,6 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-def describe_epoch(records: list[dict]) -> str:
-    """Return the loss, the score of all networks' validation images together, its mean and spread
-    over the networks, and each class's IoU, in one line."""
-    losses = [record["loss"] for record in records]
-    scores = [record["score"] for record in records]
-    pooled, iou = iou_scores(np.sum([record["confusion"] for record in records], 0))
-    classes = [f"  {name} {value:.3f}" for name, value in zip(CLASSES[1:], iou[1:], strict=True)]
-    return (f"loss {np.mean(losses):.4f}  score {pooled:.4f} ({np.mean(scores):.4f} ± "
-            f"{np.std(scores):.4f}){''.join(classes)}")
 
 
 @torch.inference_mode()
@@ -2213,9 +2184,8 @@ def load_networks(folder: str | Path) -> dict[str, UNet]:
     for path in sorted(Path(folder).glob("state/stage*.pt")):
         state = load_checkpoint(path)
         if state and state["finished"]:
-            networks[path.stem] = UNet(**state["shape"])
+            networks[path.stem] = UNet(**state["shape"]).eval()
             networks[path.stem].load_state_dict(state["best"])
-            networks[path.stem].eval()
     return networks
 
 
@@ -2433,9 +2403,8 @@ def check_submission(path: Path, num_images: int, num_pixels: int,
             raise UserError(f"{path}: the header is not id,0,1,…,{num_pixels - 1}")
         for row, line in enumerate(f):
             name, _, rest = line.rstrip(b"\r\n").partition(b",")
-            commas = rest[1::2]
             if (name != b"%d" % row or len(rest) != 2 * num_pixels - 1
-                    or commas != b"," * len(commas)):
+                    or rest[1::2] != b"," * (num_pixels - 1)):
                 raise UserError(f"{path}: row {row} has the id {name[:20].decode('latin1')!r} and "
                                 f"{rest.count(b',') + 1} columns; expected {row} and {num_pixels} "
                                 "labels of one digit, separated by commas")

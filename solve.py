@@ -469,7 +469,7 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
         factors = lib.cross_fit_thresholds(own, data.masks, run.fold_of, peaks, pmap)
     labels = lib.decide(own, factors[1 + run.fold_of.clip(0)], first_class, peaks, pmap)
     labels[~scored] = 0
-    test_probs = lib.mean_of_folds(probs[:, n:], pmap)
+    test_probs = lib.mean_of_folds(probs[:, n:])
     tests = lib.decide(test_probs, factors[:1].repeat(len(test_probs), 0), first_class,
                        test_peaks, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))

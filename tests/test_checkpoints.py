@@ -245,10 +245,9 @@ def test_changed_code_is_named(tmp_path, capsys):
 def test_an_edited_report_does_not_change_the_cleaning(tmp_path):
     """What the cleaning decided holds on resume, whatever becomes of outliers.csv."""
     images = np.random.default_rng(0).integers(0, 255, (6, 8, 8)).astype(np.uint8)
-    data = lib.Data("x", "", images, images % 5, images[:0], images[:0])
+    data = lib.Data("x", "", images, images % 5, images[:0])
     folder = open_state(tmp_path)
     lib.write_json(folder / "cleaned.json", {"index": [2]})
     (tmp_path / "outliers.csv").write_text("index,shared\n0,9\n1,9\n")
     lib.clean_data(data, folder, "", 0, lib.Ranks())
     np.testing.assert_array_equal(data.images, np.delete(images, 2, 0))
-    np.testing.assert_array_equal(data.outlier_images, images[2:3])
