@@ -249,7 +249,7 @@ def common_scale(path: Path, sets: dict[str, np.ndarray]) -> tuple[float, float]
     high = max(0.0 if low else 255.0, *(most for _, most in ends.values()))
     for key, (least, most) in ends.items():
         white = 1 if is_fraction(sets[key], low) else high - low
-        if 0 < (most - least) * 255 < 8 * white and len(ends) > 1:  # under 8 grey values
+        if 0 < (most - least) * 255 < 16 * white and len(ends) > 1:  # under 16 grey values
             raise UserError(f"{path}: the sets are not of one scale, from least to most: {ends}; "
                             "map both to 0 to 255")
     return low, high

@@ -114,6 +114,8 @@ ARRAYS = {  # by name: what is changed; parts of the sentence
     "16_test_1.5": (edited("test_labels", (2, 0, 0), 1.5, float), ["test_labels", "[2]", "[1.5]"]),
     "17_background": (training_set(masks=0 * MASKS), ["every training pixel", "background"]),
     "57_standardised": (training_set(IMAGES / 60.0 - 2), ["(-1.8", "'test_set': (8.0", "scale"]),
+    "57_standardised_beside_dark": (training_set(IMAGES / 44.0 - 2.2) | {"test_set": TEST // 2},
+                                    ["(-2.0", "scale"]),
     "57_fractions_of_fractions": (training_set(IMAGES / 255) | {"test_set": TEST / 255 ** 2},
                                    ["'test_set': (0.0", "scale"]),
     "57_truncated": ({"test_set": TEST // 200}, ["'test_set': (0.0, 1.0)", "scale"])}
