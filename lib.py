@@ -1151,30 +1151,27 @@ def deep_supervision_loss(logits: list[torch.Tensor], target: torch.Tensor,
 # ----------------------------------------------------------------------------------- 9. morphology
 
 def clean_masks(masks: np.ndarray) -> np.ndarray:
-    """Return masks (N, H, W), labels below 8, after opening, then closing, of each class.
+    """Return masks (N, H, W), labels below 256, after opening, then closing, of each class.
 
     A pixel that its class's opening takes away goes to the one class whose closing claims it, and
     otherwise keeps its label; a class that opening would wipe out of an image stays. No class
     comes before another, as in grey morphology, whose result depends on the classes' numbers.
     """
-    def morph(bits: np.ndarray, join: np.ufunc) -> np.ndarray:
-        """Join each pixel with its 3×3 neighbours: & erodes, | dilates, every class's bit."""
-        rows = np.pad(bits, ((0, 0), (1, 1), (1, 1)), "edge")
-        rows = join(join(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
-        return join(join(rows[..., :-2], rows[..., 1:-1]), rows[..., 2:])
-
-    out = np.empty_like(masks)
-    for i in range(0, len(masks), 32):  # 32 masks of 64×128 stay in the cache
-        part = masks[i:i + 32].astype(np.uint8)
-        bits = np.uint8(1) << part
-        opened = morph(morph(bits, np.bitwise_and), np.bitwise_or)
-        present = np.bitwise_or.reduce(bits, (1, 2), keepdims=True)
-        left = np.bitwise_or.reduce(opened, (1, 2), keepdims=True)
-        opened |= bits & present & ~left
-        closed = morph(morph(opened, np.bitwise_or), np.bitwise_and)
-        claimed_once = (closed > 0) & (closed & (closed - 1) == 0)
-        claimed_by = np.log2(np.maximum(closed, 1)).astype(np.uint8)
-        out[i:i + 32] = np.where((opened == 0) & claimed_once, claimed_by, part)
+    kernel = np.ones((3, 3), np.uint8)
+    out = masks.copy()
+    for mask, cleaned in zip(masks, out, strict=True):
+        kept, claims, claimant = np.zeros((3, *mask.shape), np.uint8)
+        for c in np.unique(mask):
+            own = np.uint8(mask == c)
+            opened = cv2.morphologyEx(own, cv2.MORPH_OPEN, kernel)
+            if not opened.any():
+                opened = own
+            closed = cv2.morphologyEx(opened, cv2.MORPH_CLOSE, kernel)
+            kept |= opened
+            claims += closed
+            claimant += np.uint8(c) * closed
+        moved = (kept == 0) & (claims == 1)
+        cleaned[moved] = claimant[moved]
     return out
 
 
