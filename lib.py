@@ -1305,17 +1305,6 @@ def score_folds(masks: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, fold
             "confusion": pooled.tolist()}
 
 
-def calibration_error(probs: np.ndarray, masks: np.ndarray) -> float:
-    """Return the expected calibration error of bytes (N, C, H, W) on labelled pixels: the mean
-    |confidence - accuracy| over sixteen bins of confidence. Source: Guo et al. 2017."""
-    labelled = masks > 0
-    confidence = probs.max(1)[labelled]
-    right = (probs.argmax(1) == masks)[labelled]
-    bins = confidence // 16
-    sums = np.bincount(bins, confidence / 255, 16) - np.bincount(bins, right, 16)
-    return float(np.abs(sums).sum() / max(1, len(right)))
-
-
 # -------------------------------------------------------------------------------------- 11. engine
 
 def option(default, text: str, choices: tuple | None = None, least: float = 0, most: float = 1e18,
@@ -2551,7 +2540,7 @@ def write_report(out: Path, metrics: dict, histories: dict, facts: dict, data: D
     """
     step, scores = metrics["submitted"], {}
     for name in labels:
-        keys = "miou", "fold_std", "paper_miou", "ece"
+        keys = "miou", "fold_std", "paper_miou"
         scores[name] = {key: metrics[f"{name}_{key}"] for key in keys}
         scores[name] |= dict(zip(CLASSES, metrics[f"{name}_iou"], strict=True))
     parts = [f"<h1>Mean IoU {metrics[f'{step}_miou']:.4f} out of fold</h1>"

@@ -473,8 +473,7 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     tests = lib.decide(test_probs, factors[:1].repeat(len(test_probs), 0), first_class,
                        test_peaks, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
-    scores |= {"ece": lib.calibration_error(own[scored], data.masks[scored]),
-               "factors": factors[0].tolist()}
+    scores["factors"] = factors[0].tolist()
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
     run.steps.append(Step(name, labels, own, tests, test_probs))
     print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "

@@ -211,14 +211,3 @@ def test_the_scores_of_folds_by_hand():
     assert scores["fold_std"] == pytest.approx(0.375)
     assert np.array(scores["confusion"])[:3, :3].tolist() == [[0, 2, 0], [0, 2, 0], [0, 1, 1]]
     assert np.isnan(lib.score_folds(truth[2:], labels[2:], np.zeros(1), 1)["fold_std"])
-
-
-def test_calibration_by_hand():
-    """Four labelled pixels of .8, one right, and four of 1.0, all right: 4 · |.8 - .25| / 8.
-    Unlabelled ones count for nothing; without a label, and without an error, it is 0."""
-    probs = np.zeros((1, 3, 1, 12), np.uint8)
-    probs[0, 1, 0, :4], probs[0, 1, 0, 4:] = 204, 255
-    truth = np.array([1, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0]).reshape(1, 1, 12)
-    assert lib.calibration_error(probs, truth) == pytest.approx(4 * 0.55 / 8)
-    assert lib.calibration_error(probs, 0 * truth) == 0
-    assert lib.calibration_error(probs[..., 4:], truth[..., 4:]) == 0

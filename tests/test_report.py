@@ -28,7 +28,7 @@ def page_of(out, n=20, m=4, **changes):
     labels["stage2"][3] = 1 + labels["stage2"][3] % 3
     metrics = {"submitted": "stage2", "minutes": 1.5, "folds": 2}
     for step, answer in labels.items():
-        scores = lib.score_folds(masks, answer, np.arange(n) % 2, 2) | {"ece": 0.02}
+        scores = lib.score_folds(masks, answer, np.arange(n) % 2, 2)
         metrics |= {f"{step}_{name}": value for name, value in scores.items()}
     record = {"val_loss": 0.5, "confusion": [], "lr": 0.002, "seconds": 3.0, "loss": 0.7}
     histories = {(stage, net): [record | {"score": 0.1 * epoch} for epoch in range(3 + net)]

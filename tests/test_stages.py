@@ -190,7 +190,7 @@ def test_a_run_in_frames_has_three_steps(tmp_path):
         kit.open_run(folder, "--folds", folds, place=PLACE)
         status, out, metrics = go_on(folder, "--no-clean", "--folds", folds)
         assert status == 0, out
-        assert [key.removesuffix("_ece") for key in metrics if key.endswith("_ece")] == steps
+        assert [key[:-8] for key in metrics if key.endswith("_factors")] == steps
         network = lib.load_networks(folder / "out")["stage2_fold0"]
         assert network.encoder[0][0].weight.shape[1] == channels
 
