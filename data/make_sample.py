@@ -5,18 +5,15 @@
 Classes: 0 background or unlabelled, 1 soil, 2 bedrock, 3 sand, 4 big rock.
 
 One seed gives the same arrays bit for bit on any machine: raw bits of PCG64 and, in float64, only
-+ - * / and sqrt, which IEEE 754 rounds exactly; so no sin, log or power. The file's bytes also
-depend on zlib's version.
++ - * / and sqrt, which IEEE 754 rounds exactly; no sin, log or power. (The file varies with zlib.)
 """
-
 import argparse
 from pathlib import Path
 
 import numpy as np
 
 SIDE, TILE_H, TILE_W, N_TILES, N_TEST, N_INTRUDERS = 512, 64, 128, 320, 80, 12
-# The lens sees 45 degrees from 1.9 m up; labels end 34 rows below the horizon, 35 m away.
-FOCAL, TALL, FAR = 618.0, 1.9, 34
+FOCAL, TALL, FAR = 618.0, 1.9, 34  # a 45 degree lens 1.9 m up; labels end 34 rows off the horizon
 # Horizon's row; leaning to soil, bedrock and sand; brightness, contrast; big rocks, rovers in view.
 FRAMES = [(75, 0.2, 0.0, -0.1, 84, 0.9, 2, 0), (-150, 0.4, 0.1, 0.0, 64, 1, 2, 0),
           (55, 0.0, 0.1, 0.1, 72, 0.9, 3, 0), (-60, 0.1, 0.0, 0.0, 78, 0.9, 1, 0),
@@ -82,19 +79,18 @@ def grounds(rand, u, v, pixel):
     soil = 0.95 + 0.1 * broad + 0.05 * grain + 2 * pebbles, pebbles + 0.0015 * grain + 0.01 * broad
     near, next_, (tone, level) = cells(rand, wu / 0.6, wv / 0.35)
     fine, far, (spot, _) = cells(rand, (wu + 0.3 * wv) / 0.17, wv / 0.12)
-    crack = np.clip(0.6 * rand() + 0.3 + fractal(rand, u, v, 0.8, 2), 0, 1)  # 0: massive rock
+    crack = np.clip(0.6 * rand() + 0.3 + fractal(rand, u, v, 0.8, 2), 0, 1)  # 1 for slabs
     slab = (1 - crack + crack * np.clip(6 * (next_ - near), 0, 1)) * (0.02 + 0.03 * level * crack)
     rough = 0.016 * fractal(rand, u, 2 * v, 0.25, 5, pixel)
     slab += 0.006 * crack * np.clip(9 * (far - fine), 0, 1) + rough
     stone = 0.95 + 0.25 * rand() + 0.12 * tone + 0.07 * spot + 0.07 * grain
-    dust = np.clip((0.008 + 0.02 * rand() + 0.022 * broad - slab) * 120, 0, 1)  # where it is low
+    dust = np.clip((0.008 + 0.02 * rand() + 0.022 * broad - slab) * 120, 0, 1)  # on low slabs
     bedrock = stone + dust * (0.87 + 0.02 * grain - stone), np.maximum(slab, 0.012 + 0.015 * broad)
     (c, s), bend = wave(rand() * 0.2 + 0.05), fractal(rand, u, v, 1.2, 3, pixel)
     ripples = 0.0
     for size, length, warp, sign in ((0.004, 0.11, 0.1, 1), (0.035, 0.9, 0.45, -0.5)):
-        ripple = size * wave((c * u + s * v + warp * bend) / length)[1]
-        seen = np.clip(length / pixel / 3 - 1, 0, 1)
-        ripples += ripple * seen * np.clip(0.4 + broad * sign, 0, 1)
+        swell = size * wave((c * u + s * v + warp * bend) / length)[1]
+        ripples += swell * np.clip(length / pixel / 3 - 1, 0, 1) * np.clip(0.4 + broad * sign, 0, 1)
     few = 0.5 * stones(rand, wu, wv, 0.15, 0.2 * rand() + 0.2 * broad)
     tone = 0.84 + 0.12 * rand() + 0.06 * broad + 0.02 * grain + 2.5 * ripples
     sand = tone, ripples + 0.0006 * grain + few
@@ -122,8 +118,7 @@ def shade(height, sun):
     dy, dx = (np.diff(height, axis=k, prepend=height.take([0], axis=k)) for k in (0, 1))
     light = np.clip((sun + dx + 0.35 * dy) / np.sqrt(1 + dx * dx + dy * dy) / sun, 0.2, 1.9)
     top = height[:, 0]
-    # The shadow's edge sinks with the sun's slope, and moves a row in each four columns.
-    for x in range(1, SIDE):
+    for x in range(1, SIDE):  # the shadow sinks with the sun's slope, and moves a row in each four
         top = np.maximum((np.append(top[:1], top[:-1]) if x % 4 == 0 else top) - sun, height[:, x])
         light[:, x] += np.clip((top - height[:, x]) / 2, 0, 1) * (0.32 - light[:, x])
     return light
@@ -144,8 +139,7 @@ def draw_frame(rand, horizon, soil, bedrock, sand, level, contrast, rocks, rover
     """One camera frame, image and label: uint8 (2, 512, 512)."""
     y, x = np.mgrid[:SIDE, :SIDE].astype(float)
     below = np.maximum(y - horizon, 4.0)
-    # Along the view a plane would shrink by 1/below^2; the power 1.5 is for stones that stand.
-    far = TALL * np.sqrt(FOCAL / below)
+    far = TALL * np.sqrt(FOCAL / below)  # a plane would have no root, but its stones stand up
     u, v, pixel = (x - SIDE / 2) * TALL / below, -2 * far, far / below
     smooth = np.stack([fractal(rand, u, v, 2.6, 3) + 2.2 * lean for lean in (soil, bedrock, sand)])
     frayed = smooth + 0.3 * np.stack([fractal(rand, u, v, 0.25, 4, pixel) for _ in range(3)])
@@ -180,18 +174,13 @@ def paint(canvas, x, y, ellipses, soft):
 def build(seed=0):
     """The data set: a dict of the three arrays in the module's docstring."""
     bits = np.random.PCG64(seed)
-
-
     def rand(*shape):  # in [0, 1); unlike a Generator's methods, NumPy keeps raw bits the same
         return (bits.random_raw(shape or None) >> 11) * 2.0**-53
-
-    tiles = np.stack([draw_frame(rand, *row) for row in FRAMES])
-    tiles = tiles.reshape(-1, 2, SIDE // TILE_H, TILE_H, SIDE // TILE_W, TILE_W)
-    tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 2, TILE_H, TILE_W)
+    grid = np.stack([draw_frame(rand, *row) for row in FRAMES]).reshape(-1, 2, 8, TILE_H, 4, TILE_W)
+    tiles = grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 2, TILE_H, TILE_W)
     test, train = np.split(tiles[np.argsort(rand(N_TILES))], [N_TEST])
     y, x = np.mgrid[:TILE_H, :TILE_W].astype(float)
-    beams = (y > 30) & (np.minimum(np.abs(x - 32), np.abs(x - 95)) < 0.5 * y - 11)
-    mask = beams.astype(float)
+    mask = 1.0 * ((y > 30) & (np.minimum(np.abs(x - 32), np.abs(x - 95)) < 0.5 * y - 11))  # beams
     paint(mask, x, y, SAUCERS, 0)
     for k, intruder in enumerate(np.argsort(rand(len(train)))[:N_INTRUDERS]):
         image = train[intruder, 0].astype(float)
