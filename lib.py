@@ -512,17 +512,18 @@ def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, 
 # Fit. A cut through the tiles is a border with known neighbours. C is fitted to some cuts. At more,
 # each left part looks for its right part among those of half the tiles: half have no neighbour.
 # A logistic regression learns a pair's log-odds from r and the pixels. The share s of real borders
-# with a neighbour is found by expectation-maximisation (Saerens et al. 2002). At s = 1/2 one of 2N
-# pairs is true: log-odds + log(2N) is a log-likelihood ratio. The log-odds of a join are a pair's
-# prior log-odds plus the ratios of all pairs that come to touch.
+# with a neighbour is found by expectation-maximisation (Saerens et al. 2002). At s = 1/2, as in the
+# fit, one of N pairs is true: log-odds + log(N) is a log-likelihood ratio. The log-odds of a join
+# are a pair's prior log-odds plus the ratios of all pairs that come to touch.
 
 MAX_ROWS, MAX_COLUMNS = 8, 4  # of a frame: 1024×1024 pixels, cut into cells of 128×256
 
 
-def _lines(tiles: torch.Tensor, cut: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log brightness beside a cut (0: at the borders), nearest first: two (N, H, 4)."""
-    before = tiles[:, :, [cut - 1, cut - 2, cut - 3, cut - 4]]
-    after = tiles[:, :, [cut, cut + 1, cut + 2, cut + 3]]
+def _lines(tiles: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log brightness on both sides of a cut (at column 0: of two borders), nearest first,
+    two (N, H, 4)."""
+    before = tiles[:, :, [column - 1, column - 2, column - 3, column - 4]]
+    after = tiles[:, :, [column, column + 1, column + 2, column + 3]]
     return torch.log(before.float() + 8), torch.log(after.float() + 8)  # 8: noise of dark pixels
 
 
@@ -597,7 +598,7 @@ def _regress(known: torch.Tensor, truth: torch.Tensor, features: torch.Tensor) -
         p = torch.sigmoid(x @ weight)
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + torch.eye(len(weight)).to(x)
         weight += torch.linalg.solve(hessian, x.T @ (y - p) - weight)
-    # odds above 1 : 665 would join tiles by one border where under 5 % of borders have a neighbour
+    # one border alone is never trusted further than 665 : 1
     return (products(features) @ weight).clamp(-30, 6.5)
 
 
@@ -627,16 +628,16 @@ def _find_links(tiles: torch.Tensor) -> tuple[list[tuple[float, int, int]], floa
         features[:, 1:3].masked_fill_(hidden.to(tiles.device), 0)
         known.append(features)
         truth.append(kept[second] == first)
-    right, left = _lines(tiles, 0)
+    right, left = _lines(tiles, column=0)
     first, second, features = _candidates(right, left, forms)
-    kept = _usable(right)[first] & _usable(left)[second] & (first != second)
-    log_odds = _regress(torch.cat(known), torch.cat(truth), features[kept]).cpu().numpy()
-    first, second = first[kept].tolist(), second[kept].tolist()
+    usable = _usable(right)[first] & _usable(left)[second] & (first != second)
+    log_odds = _regress(torch.cat(known), torch.cat(truth), features[usable]).cpu().numpy()
+    first, second = first[usable].tolist(), second[usable].tolist()
     odds, share = np.bincount(first, np.exp(log_odds), n), 0.5
     for _ in range(50):
         share = np.clip((odds * share / (odds * share + 1 - share)).mean(), 1e-4, 0.95)
-    ratios = (log_odds + math.log(2 * n)).tolist()
-    return list(zip(ratios, first, second, strict=True)), math.log(share / (1 - share) / (2 * n))
+    ratios = (log_odds + math.log(n)).tolist()
+    return list(zip(ratios, first, second, strict=True)), math.log(share / (1 - share) / n)
 
 
 def _grow_frames(n: int, links: list[list], priors: list[float]) -> list[dict]:
@@ -650,13 +651,13 @@ def _grow_frames(n: int, links: list[list], priors: list[float]) -> list[dict]:
             ratios[second, first, -down, down - 1] = ratio
     unlisted = -5  # the ratio of other pairs, of which 1 % of the true ones are
     frames = [{(0, 0): tile} for tile in range(n)]
-    place = {tile: (tile, 0, 0) for tile in range(n)}
+    cell_of = {tile: (tile, 0, 0) for tile in range(n)}  # frame, row, column
     for least in (9, 3, 0):  # the surest first; what waits may become likely as more tiles touch
         waiting = []
         for link in sorted(queue):
             _, first, second, down, right = link
-            into, row, column = place[first]
-            gone, old_row, old_column = place[second]
+            into, row, column = cell_of[first]
+            gone, old_row, old_column = cell_of[second]
             dr, dc = row + down - old_row, column + right - old_column
             cells = frames[into]
             moved = {(r + dr, c + dc): tile for (r, c), tile in frames[gone].items()}
@@ -666,15 +667,16 @@ def _grow_frames(n: int, links: list[list], priors: list[float]) -> list[dict]:
                 continue
             log_odds = priors[down]
             for (r, c), tile in moved.items():
-                for dr, dc in ((0, 1), (0, -1), (1, 0), (-1, 0)):
-                    if (r + dr, c + dc) in cells:
-                        log_odds += ratios.get((tile, cells[r + dr, c + dc], dr, dc), unlisted)
+                for below, beside in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+                    near = cells.get((r + below, c + beside))
+                    if near is not None:
+                        log_odds += ratios.get((tile, near, below, beside), unlisted)
             if log_odds < least:
                 waiting.append(link)
                 continue
             cells.update(moved)
             frames[gone] = {}
-            place.update((tile, (into, r, c)) for (r, c), tile in moved.items())
+            cell_of.update((tile, (into, r, c)) for (r, c), tile in moved.items())
         queue = waiting
     return [cells for cells in frames if len(cells) > 1]
 
@@ -685,7 +687,8 @@ def assemble_frames(images: np.ndarray, device="cpu", pmap=map) -> np.ndarray:
     if len(images) < 4 or min(images.shape[1:]) < 16:  # nothing can be fitted
         return place
     tiles = torch.from_numpy(images).to(device)
-    links, priors = zip(*pmap(_find_links, (tiles, tiles.transpose(1, 2))), strict=True)
+    beside, below = tiles, tiles.transpose(1, 2)
+    links, priors = zip(*pmap(_find_links, (beside, below)), strict=True)
     for number, cells in enumerate(_grow_frames(len(images), links, priors)):
         members, positions = list(cells.values()), np.array(list(cells))
         place[0, members] = number
@@ -787,7 +790,7 @@ class Frames:
             parts += [same[start:start + count] for start in range(0, len(same), count)]
         return parts
 
-    def cut(self, frames: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, frames: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tiles that lie in frames of one size, (K,), and their parts (K, C, H, W) of
         values of these frames, (B, C, rows · H, columns · W)."""
         rows, columns = self.size[frames[0]].tolist()
@@ -1241,16 +1244,18 @@ def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
     return labels.astype(np.uint8)
 
 
-def clean_likeliest(probs: np.ndarray, first_class: int, pmap=map) -> np.ndarray:
+def cleaned_likeliest(probs: np.ndarray, first_class: int, pmap=map) -> np.ndarray:
     """Return the likeliest classes, cleaned, uint8 (folds, T, H, W), of probs, bytes."""
-    factors = np.ones((probs.shape[1], NUM_CLASSES))
-    return np.stack([decide(own, factors, first_class, None, pmap) for own in probs])
+    factors = np.ones(NUM_CLASSES)
+    return np.stack([cleaned_labels(own, factors, first_class, None, pmap) for own in probs])
 
 
-def decide(probs: np.ndarray, factors: np.ndarray, first_class: int, peaks: np.ndarray | None,
-           pmap=map) -> np.ndarray:
+def cleaned_labels(probs: np.ndarray, factors: np.ndarray, first_class: int,
+                   peaks: np.ndarray | None, pmap=map) -> np.ndarray:
     """Return the labels of apply_thresholds, cleaned, uint8 (N, H, W), of bytes (N, C, H, W) and
-    factors (N, C)."""
+    factors (N, C), or (C,) for all."""
+    factors = np.broadcast_to(factors, (len(probs), NUM_CLASSES))
+
     def one_part(part: slice) -> np.ndarray:
         floats = from_bytes(probs[part])
         return clean_masks(apply_thresholds(floats, factors[part], first_class, peaks))
@@ -1680,10 +1685,9 @@ class StageInput:
     is_rare: torch.Tensor       # bool (NUM_CLASSES,)
     first_class: int            # of the networks' outputs; 1: background is never predicted
     paste: float = 0.0          # share of the windows trained on that get rare classes pasted
-    masks: torch.Tensor | None = None       # cleaned predictions, uint8 (V, T, H, W)
+    predicted: torch.Tensor | None = None   # classes, cleaned, uint8 (V, T, H, W)
     confidence: torch.Tensor | None = None  # the largest probability, bytes (V, T, H, W)
     context: torch.Tensor | None = None     # log-ratios, float (V, T, outputs, h, w)
-    flag_only: bool = False     # whether the predicted background is all that is seen of masks
 
     def __post_init__(self):
         rare = self.is_rare.nonzero().flatten().to(self.targets.dtype)  # never class 0
@@ -1738,15 +1742,15 @@ class StageInput:
         window = h + self.padding, w + self.padding
         pixels, known = self.frames.pixels(frame, row * h - top, column * w - left, window, (h, w))
         tile = pixels // (h * w)
-        fold = self.fold_of[tiles][:, None, None]
+        own_fold = self.fold_of[tiles][:, None, None]
         if gen is None:
             counted = tile == tiles[:, None, None]
-        elif self.masks is None:
+        elif self.predicted is None:
             counted = self.fold_of[tile] != held_out
         else:
-            counted = self.fold_of[tile] == fold
+            counted = self.fold_of[tile] == own_fold
         y = torch.where(known & counted, self.targets.flatten()[pixels], -1)
-        return self.look(pixels, fold.clamp_min(0)), y
+        return self.look(pixels, own_fold.clamp_min(0)), y
 
     def whole_frames(self, frames: torch.Tensor, fold: int) -> torch.Tensor:
         """Return the input of frames of one size, (B,), with their rims, as a fold's networks
@@ -1758,28 +1762,28 @@ class StageInput:
         pixels, _ = self.frames.pixels(frames, corner, corner, window, (h, w))
         return self.look(pixels, torch.full_like(frames, fold)[:, None, None])
 
-    def look(self, pixels: torch.Tensor, fold: torch.Tensor) -> torch.Tensor:
+    def look(self, pixels: torch.Tensor, seen_by: torch.Tensor) -> torch.Tensor:
         """Return the input, float (B, C, h, w), of some of all tiles' T·H·W pixels, (B, h, w).
 
-        Stage 1: the standardised image. Stage 2: also the masks that fold (B, 1, 1) predicted,
-        one-hot, their confidence and the context; or, as published, a flag that is 0 where stage 1
-        said background and -1 elsewhere.
+        Stage 1: the standardised image. Stage 2: also what the folds seen_by, (B, 1, 1), predicted,
+        one-hot, their confidence and the context; or, as published, without a confidence, a flag
+        that is 0 where stage 1 said background and -1 elsewhere.
         """
         h, w = self.images.shape[1:]
         x = [((self.images.flatten()[pixels].float() - self.mean) / self.std)[:, None]]
-        if self.masks is not None:
-            where = pixels + fold * self.images.numel()
-            masks = self.masks.flatten()[where][:, None]
-            if self.flag_only:
-                return torch.cat([*x, -(masks != 0).float()], 1)
+        if self.predicted is not None:
+            where = pixels + seen_by * self.images.numel()
+            predicted = self.predicted.flatten()[where][:, None]
+            if self.confidence is None:
+                return torch.cat([*x, -(predicted != 0).float()], 1)
             classes = torch.arange(self.first_class, NUM_CLASSES, device=pixels.device)
-            x.append((masks == classes[:, None, None]).float())
+            x.append((predicted == classes[:, None, None]).float())
             x.append(self.confidence.flatten()[where][:, None].float() / 255)
         if self.context is not None:
             rows, columns = self.context.shape[3:]
             row = pixels // w % h * rows // h
             column = pixels % w * columns // w
-            near = self.context[fold, pixels // (h * w), :, row, column]
+            near = self.context[seen_by, pixels // (h * w), :, row, column]
             x.append(near.permute(0, 3, 1, 2) / 3)
         return torch.cat(x, 1)
 
@@ -1847,8 +1851,12 @@ class TrainingState:
         for name in self.PARTS if not self.finished else ():
             getattr(self, name).load_state_dict(state[name])
         if self.finished:
-            self.ema.model.load_state_dict(self.best)
-            self.ema.model.eval()
+            self.best_network()  # an error if it is another network's
+
+    def best_network(self) -> UNet:
+        """Return the averaged network with the weights of its best epoch, to predict with."""
+        self.ema.model.load_state_dict(self.best)
+        return self.ema.model.eval()
 
     def keep_if_best(self, figure: float) -> None:
         """Keep the averaged weights if their figure is above the best so far, or both are -inf:
@@ -2052,7 +2060,7 @@ def predict_probs(models: list[UNet], x: torch.Tensor, dtype: torch.dtype,
     return total / (len(models) * (1 + tta))
 
 
-def predict_tiles(stage: list[list[UNet]], data: StageInput, dtype: torch.dtype, tta: bool,
+def predict_unseen(stage: list[list[UNet]], data: StageInput, dtype: torch.dtype, tta: bool,
                   workers: Workers) -> np.ndarray:
     """Return each fold's mean probabilities of all tiles, bytes (folds, T, C, H, W), from whole
     frames with their rims: 2.6 GB of the competition's 12,600 tiles and five folds. A fold does
@@ -2076,7 +2084,7 @@ def predict_tiles(stage: list[list[UNet]], data: StageInput, dtype: torch.dtype,
 
         batch_size = max(1, most_tiles // int(data.frames.size[int(frames[0])].prod()))
         whole = in_batches(batch_probs, torch.from_numpy(frames).to(device), batch_size)
-        tiles, values = data.frames.cut(frames, whole)
+        tiles, values = data.frames.split(frames, whole)
         probs[fold, tiles, data.first_class:] = values
 
     workers.map(predict_frames, [
@@ -2175,10 +2183,12 @@ def load_networks(folder: str | Path) -> dict[str, UNet]:
     return networks
 
 
-def save_probabilities(path: Path, out_of_fold: np.ndarray, test: np.ndarray) -> None:
-    """Write bytes (N, C, H, W) and (M, C, H, W), to be averaged with other runs' by the user."""
-    with atomic_write(path) as f:
-        np.savez(f, out_of_fold=out_of_fold, test=test)
+def average_runs(folders: list[str]) -> np.ndarray:
+    """Return the test labels, uint8 (M, H, W), of the mean of several runs with --save-probs."""
+    runs = [np.load(Path(folder) / "probabilities.npz") for folder in folders]
+    probs = mean_of_folds(np.stack([run["test"] for run in runs]))
+    factors, peaks = np.mean([run["thresholds"] for run in runs], 0)
+    return cleaned_labels(probs, factors, int(runs[0]["first_class"]), peaks)
 
 
 def describe_test(labels: np.ndarray, probs: np.ndarray, truth: np.ndarray | None) -> dict:

@@ -128,6 +128,7 @@ class Step:
     probs: np.ndarray       # out of fold, bytes (N, C, H, W)
     tests: np.ndarray       # labels of the test set, uint8 (M, H, W)
     test_probs: np.ndarray  # bytes (M, C, H, W)
+    thresholds: tuple       # factors and peaks (C,) of lib.apply_thresholds, for test_probs
 
 
 @dataclass
@@ -156,7 +157,7 @@ class Run:
         return getattr(torch, self.plan.precision)
 
 
-def put_on_device(run: Run) -> StageInput:
+def first_input(run: Run) -> StageInput:
     """Return all tiles on the device, in their frames, with the labels of the training tiles."""
     cfg = run.cfg
     # after half-sized images with patches come whole ones as they are: those will be predicted
@@ -333,7 +334,7 @@ def train_stage(run: Run, stage: int, data: StageInput,
     lib.train_side_by_side(mine, advance, run.workers, progress)
     ranks.gather(networks)
     run.histories |= {(stage, net): network.history for net, network in enumerate(networks)}
-    models = [network.ema.model for network in networks]
+    models = [network.best_network() for network in networks]
     return [models[fold::plan.folds] for fold in range(plan.folds)]
 
 
@@ -412,7 +413,7 @@ def plan_run(run: Run, task: Task) -> Plan:
     workers = task.gpus * run.cfg.streams or task.cores
     run.plan = replace(run.plan, width=run.cfg.width or (32 if task.gpus else 16), workers=workers)
     run.workers = lib.Workers(run.workers.devices, workers)
-    measured = replace(run.plan, speed=measure_speed(run, put_on_device(run)))
+    measured = replace(run.plan, speed=measure_speed(run, first_input(run)))
     return make_plan(run.cfg, task, measured, run.clock.used(), run.clock.limit)
 
 
@@ -423,10 +424,11 @@ def second_input(run: Run, probs: np.ndarray, log_ratios: np.ndarray | None) -> 
     context, (folds, T, C, h, w)."""
     cfg, data, device = run.cfg, run.tiles, run.workers.devices[0]
     published = cfg.refine == "background"
-    masks = lib.clean_likeliest(probs, cfg.first_class, run.helpers.map)
+    masks = lib.cleaned_likeliest(probs, cfg.first_class, run.helpers.map)
     masks = torch.from_numpy(masks).to(device)
     if log_ratios is not None:
         log_ratios = torch.from_numpy(log_ratios[:, :, cfg.first_class:]).to(device)
+    confidence = None if published else torch.from_numpy(probs.max(2)).to(device)
     # what stage 2 does not predict it does not learn either
     if published:
         every = torch.arange(masks.shape[1], device=device)
@@ -435,8 +437,8 @@ def second_input(run: Run, probs: np.ndarray, log_ratios: np.ndarray | None) -> 
         ignored = data.is_rare[data.targets.clamp_min(0).int()]
     # our networks begin with what stage 1 learnt from patches; the published ones begin anew
     return replace(data, targets=torch.where(ignored, -1, data.targets),
-                   paste=cfg.copy_paste if published else 0.0, masks=masks, flag_only=published,
-                   confidence=torch.from_numpy(probs.max(2)).to(device), context=log_ratios)
+                   paste=cfg.copy_paste if published else 0.0, predicted=masks,
+                   confidence=confidence, context=log_ratios)
 
 
 def keep_first(run: Run, data: StageInput, before: np.ndarray, after: np.ndarray) -> None:
@@ -445,7 +447,7 @@ def keep_first(run: Run, data: StageInput, before: np.ndarray, after: np.ndarray
     def keep(part: slice) -> None:
         for fold in range(len(after)):
             if run.cfg.refine == "background":
-                kept = data.masks[fold, part].cpu().numpy()[:, None] != 0
+                kept = data.predicted[fold, part].cpu().numpy()[:, None] != 0
                 np.copyto(after[fold, part], before[fold, part], where=kept)
             else:
                 first, second = (lib.from_bytes(probs[fold, part]) for probs in (before, after))
@@ -467,15 +469,14 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
         peaks = run.is_rare * (0.8 if plan.seeds == 1 else 0.5)
         test_peaks = run.is_rare * 0.5
         factors = lib.cross_fit_thresholds(own, data.masks, run.fold_of, peaks, pmap)
-    labels = lib.decide(own, factors[1 + run.fold_of.clip(0)], first_class, peaks, pmap)
+    labels = lib.cleaned_labels(own, factors[1 + run.fold_of.clip(0)], first_class, peaks, pmap)
     labels[~scored] = 0
     test_probs = lib.mean_of_folds(probs[:, n:])
-    tests = lib.decide(test_probs, factors[:1].repeat(len(test_probs), 0), first_class,
-                       test_peaks, pmap)
+    tests = lib.cleaned_labels(test_probs, factors[0], first_class, test_peaks, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
     scores["factors"] = factors[0].tolist()
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
-    run.steps.append(Step(name, labels, own, tests, test_probs))
+    run.steps.append(Step(name, labels, own, tests, test_probs, (factors[0], test_peaks)))
     print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
           f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
 
@@ -510,9 +511,8 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
         print("no stage 2: the time is up", flush=True)
         return
     second = second_input(run, probs, log_ratios)
-    parents = first if run.cfg.refine == "correct" else None
-    networks = train_stage(run, 2, second, parents)
-    after = lib.predict_tiles(networks, second, run.dtype, run.cfg.tta, run.workers)
+    networks = train_stage(run, 2, second, first if run.cfg.refine == "correct" else None)
+    after = lib.predict_unseen(networks, second, run.dtype, run.cfg.tta, run.workers)
     keep_first(run, second, probs, after)
     conclude(run, "stage2", after)
 
@@ -570,7 +570,7 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
                 gpus * cfg.streams or max(1, cores // plan.threads))
     run.workers = lib.Workers(devices, count, plan.threads, clock)
     run.fold_of = lib.make_folds(data.images, data.masks, plan.folds, cfg.seed)
-    run.tiles = put_on_device(run)
+    run.tiles = first_input(run)
     print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, context "
           f"padding {plan.padding}, {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, "
           f"{plan.speed:.0f} images a second", flush=True)
@@ -587,7 +587,9 @@ def write_outputs(run: Run, best: Step) -> None:
         if len(best.tests):
             metrics |= lib.describe_test(best.tests, best.test_probs, data.test_labels)
         if cfg.save_probs:
-            lib.save_probabilities(out / f"probabilities{suffix}.npz", best.probs, best.test_probs)
+            with lib.atomic_write(out / f"probabilities{suffix}.npz") as f:
+                np.savez(f, out_of_fold=best.probs, test=best.test_probs,
+                         thresholds=best.thresholds, first_class=cfg.first_class)
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     with lib.going_on(metrics):
         if not suffix:
@@ -605,7 +607,7 @@ def solve(cfg: Config, cores: int = 1) -> dict:
     planned = ("folds", "seeds", "width", "padding", "epochs", "precision")
     run.metrics |= {"recipe": cfg.recipe, **{name: getattr(run.plan, name) for name in planned}}
     first = train_stage(run, 1, run.tiles)
-    probs = lib.predict_tiles(first, run.tiles, run.dtype, cfg.tta, run.workers)
+    probs = lib.predict_unseen(first, run.tiles, run.dtype, cfg.tta, run.workers)
     conclude(run, "stage1", probs)
     lib.warn_of_chance(run.metrics["stage1_miou"], run.data.masks)
     with lib.going_on(run.metrics):

@@ -97,7 +97,7 @@ def compare_places(cfg: solve.Config, cores: int) -> dict[str, float]:
     run = solve.open_run(cfg, cores)
     if run.place is None or run.plan.folds < 2:
         raise lib.UserError(f"{run.state.parent}: no frames, or one fold alone")
-    probs = lib.predict_tiles(first_networks(run), run.tiles, run.dtype, cfg.tta, run.workers)
+    probs = lib.predict_unseen(first_networks(run), run.tiles, run.dtype, cfg.tta, run.workers)
     solve.conclude(run, "stage1", probs)
     scores = {"stage 1": run.metrics["stage1_miou"]}
     rng, placed = np.random.default_rng(0), np.flatnonzero(run.place[0] >= 0)

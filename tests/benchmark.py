@@ -192,7 +192,7 @@ def prediction(run: solve.Run):
 
     def work() -> None:
         # as if each worker had a fold of its own
-        lib.predict_tiles([[model]] * workers, data, run.dtype, run.cfg.tta, run.workers)
+        lib.predict_unseen([[model]] * workers, data, run.dtype, run.cfg.tta, run.workers)
 
     return work
 

@@ -388,8 +388,8 @@ def second_input(**more):
     confidence = torch.tensor([51, 102, 153], dtype=torch.uint8)[:, None, None, None]
     context = 3.0 * torch.arange(3)[:, None, None, None, None].repeat(1, 11, 4, 2, 3)
     context[:, :, :, 1] = 30
-    return stage_input(4, masks=masks, confidence=confidence.repeat(1, 11, 4, 6), context=context,
-                       **more)
+    return stage_input(4, predicted=masks, confidence=confidence.repeat(1, 11, 4, 6),
+                       context=context, **more)
 
 
 def test_windows_of_a_second_stage_have_the_labels_of_one_fold():
@@ -418,8 +418,8 @@ def test_the_second_network_sees_what_its_fold_predicted():
         assert (tile[6:, :2] == fold).all() and (tile[6:, 2:] == 10).all()
     x, _ = data.windows(torch.tensor([1, 2]))  # of folds 1 and 2
     assert torch.allclose(x[:, 5, 0, 0], torch.tensor([0.4, 0.6]))
-    data = dataclasses.replace(data, flag_only=True)
-    data.masks[0, 8] = 0
+    data = dataclasses.replace(data, confidence=None)
+    data.predicted[0, 8] = 0
     x = data.whole_frames(torch.tensor([1]), 0)
     assert x.shape[1] == 2 and (x[0, 1, :, :6] == 0).all() and (x[0, 1, :, 6:] == -1).all()
 
@@ -906,7 +906,7 @@ def test_whole_frames_are_predicted(rim):
     for model in itertools.chain(*stage):
         model(torch.randn(4, 1, 16, 24))  # batch norms that have seen something
         model.eval()
-    got = lib.predict_tiles(stage, data, torch.float32, True, lib.Workers([CPU], 2))
+    got = lib.predict_unseen(stage, data, torch.float32, True, lib.Workers([CPU], 2))
     assert got.shape == (3, 11, 5, 4, 6) and got.dtype == np.uint8
     frame = (np.hstack([*data.images[8:10].numpy()]).astype(np.float32) - 127.5) / 50
     x = torch.from_numpy(np.pad(frame, rim, "symmetric"))[None, None]

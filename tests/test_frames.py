@@ -224,7 +224,7 @@ def test_each_wanted_tile_is_predicted_once(drawn):
         predicted = []
         for batch in batches:
             values = np.stack([np.stack([canvases[f], -canvases[f]]) for f in batch])
-            index, parts = frames.cut(batch, values)
+            index, parts = frames.split(batch, values)
             np.testing.assert_array_equal(parts, np.stack([tiles[index], -tiles[index]], 1))
             predicted += index.tolist()
         assert sorted(predicted) == np.flatnonzero(np.isin(frames.place[0], asked)).tolist()

@@ -121,7 +121,7 @@ def test_the_likeliest_classes_are_cleaned_per_fold():
     probs[0, 299, 3, :3, :3] = probs[0, 299, 3, 5, 5] = 99
     want = np.ones((2, 300, 9, 9), np.uint8)
     want[1], want[0, 299, :3, :3] = 2, 3
-    np.testing.assert_array_equal(lib.clean_likeliest(probs, 1), want)
+    np.testing.assert_array_equal(lib.cleaned_likeliest(probs, 1), want)
 
 
 ROCK = np.array([0, 0, 0, 0, 1.0])

@@ -279,20 +279,20 @@ def with_noise(framed: solve.Run, state: Path, fold: int,
     masks[own] = np.random.default_rng(0).permutation(masks[own].ravel()).reshape(masks[own].shape)
     run = dataclasses.replace(framed, state=state, metrics={}, histories={}, steps=[],
                               data=dataclasses.replace(framed.data, masks=masks))
-    run.tiles = solve.put_on_device(run)
+    run.tiles = solve.first_input(run)
     first = solve.train_stage(run, 1, run.tiles)
-    probs = lib.predict_tiles(first, run.tiles, run.dtype, run.cfg.tta, run.workers)
+    probs = lib.predict_unseen(first, run.tiles, run.dtype, run.cfg.tta, run.workers)
     after = [probs.copy()]
     log_ratios = solve.add_context(run, probs)
     after.append(probs)
     second = solve.second_input(run, probs, log_ratios)
     if others is not None:
-        for name in ("masks", "confidence", "context"):
+        for name in ("predicted", "confidence", "context"):
             view = getattr(others, name).clone()
             view[fold] = getattr(second, name)[fold]
             setattr(second, name, view)
-    last = lib.predict_tiles(solve.train_stage(run, 2, second, first), second, run.dtype,
-                             run.cfg.tta, run.workers)
+    last = lib.predict_unseen(solve.train_stage(run, 2, second, first), second, run.dtype,
+                              run.cfg.tta, run.workers)
     solve.keep_first(run, second, probs, last)
     return [*after, last], second
 
@@ -316,7 +316,7 @@ def test_no_label_of_fold_k_is_seen_when_fold_k_is_scored(framed, given_choices,
     before, seen_before = with_noise(framed, tmp_path / "state", -1)
     for k in range(FOLDS):
         after, seen_after = with_noise(framed, tmp_path / f"state{k}", k, seen_before)
-        for name in ("masks", "confidence", "context"):
+        for name in ("predicted", "confidence", "context"):
             assert torch.equal(getattr(seen_after, name)[k], getattr(seen_before, name)[k])
         for old, new in zip(before, after, strict=True):
             changed = [fold for fold in range(FOLDS) if not np.array_equal(old[fold], new[fold])]

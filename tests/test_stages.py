@@ -350,9 +350,9 @@ def test_another_test_set_needs_a_finished_run(tmp_path):
 
 @pytest.mark.fault(60)
 @pytest.mark.parametrize("module, name, call", [
-    (solve, "add_context", 1), (solve, "train_stage", 2), (lib, "predict_tiles", 2),
+    (solve, "add_context", 1), (solve, "train_stage", 2), (lib, "predict_unseen", 2),
     (solve, "conclude", 2), (lib, "describe_test", 1), (lib, "write_report", 1),
-    (lib, "save_probabilities", 1)])
+    (np, "savez", 1)])
 def test_a_mistake_after_stage_1_costs_only_what_it_spoils(finished_copy, monkeypatch, module,
                                                            name, call):
     """A NameError in any part that follows: its traceback, "degraded" in metrics.json, status 3,

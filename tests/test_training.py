@@ -58,7 +58,7 @@ def test_patches_are_pasted_in_the_first_stage_only(run):
         changed.append(int((torch.minimum(*gaps) > 1e-3).sum()))
     assert changed[0] > len(every) // 2 and changed[1] == 0
     planned(run, 2, 2, half_sized=0.5)
-    assert solve.put_on_device(run).paste == 0 and run.tiles.paste == run.cfg.copy_paste == 0.5
+    assert solve.first_input(run).paste == 0 and run.tiles.paste == run.cfg.copy_paste == 0.5
 
 
 def test_an_epoch_shows_rare_classes_again(run):
@@ -250,7 +250,7 @@ def trained(run, workers, seed=0):
     weights = [net.state_dict() for fold in networks for net in fold]
     histories = [[{k: v for k, v in record.items() if k != "seconds"} for record in history]
                  for history in run.histories.values()]
-    probs = lib.predict_tiles(networks, run.tiles, run.dtype, True, run.workers)
+    probs = lib.predict_unseen(networks, run.tiles, run.dtype, True, run.workers)
     return weights, histories, probs
 
 
