@@ -37,28 +37,28 @@ class Config:
     data: str = option("data", "the competition's .npz, or the folder that holds it",
                        group="input and output")
     out: str = option("submission", "folder for everything that is written")
-    test: str = option("", "another file's test_set, for the networks of the run in --out")
+    test: str = option("", "predict this file's test_set with the finished run in --out")
     save_probs: bool = option(False, "write probabilities.npz too, for ensembles")
     recipe: str = option("best", "best: ours; paper: the published system", ("best", "paper"))
-    max_hours: float = option(11.0, "a submission exists before they are over", most=9999)
-    seed: int = option(0, "seed of folds, weights and augmentation", most=2**63 - 1)
-    fresh: bool = option(False, "throw away the state of an earlier run in --out")
+    max_hours: float = option(11.0, "limit of all starts; a submission exists by then", most=9999)
+    seed: int = option(0, "seed of everything random", most=2**63 - 1)
+    fresh: bool = option(False, "delete the run in --out and begin anew")
     clean: bool = option(True, "keep outliers in the training set", group="cleaning and frames")
     template: str = option("", "picture of an outlier, instead of those discovered")
-    frames: bool = option(True, "don't put the camera frames back together")
+    frames: bool = option(True, "don't reassemble camera frames from the tiles")
     device: str = option("auto", "auto, cpu, cuda (all) or cuda:N", group="engine")
     precision: str = option("auto", "auto, bfloat16, float16 or float32",
                             ("auto", "bfloat16", "float16", "float32"))
-    folds: int = option(0, "each validates networks taught none of its labels; 1: one 15 %% split",
+    folds: int = option(0, "of the cross-validation; 1: a single 15 %% validation split",
                         most=99, group="size of the work; 0: planned from speed and --max-hours")
-    seeds: int = option(0, "networks of each fold and stage, whose mean counts", most=99)
-    width: int = option(0, "channels of the first level (the paper: 64)", most=1024)
+    seeds: int = option(0, "networks per fold and stage, averaged", most=99)
+    width: int = option(0, "channels of the U-Net's first level (the paper: 64)", most=1024)
     epochs: int = option(0, "epochs of each network of each stage", most=99999)
     stages: int = option(2, "1: no second stage", (1, 2))
-    batch_size: int = option(32, "images a step", least=1, most=4096, group="training")
+    batch_size: int = option(32, "images per step", least=1, most=4096, group="training")
     lr: float = option(2e-3, "learning rate of AdamW", least=1e-9, most=0.999)
     gamma: float = option(0.0, "focal loss: exponent γ (0: cross-entropy)", most=20)
-    patience: int = option(20, "epochs without a better validation before stopping", least=1)
+    patience: int = option(20, "stop after so many epochs without a better validation", least=1)
     # what tells the recipes apart and nobody would sweep
     alpha: float = 1.0            # factor of the focal loss
     oversample: int = 3           # how often stage 1 sees images of a rare class

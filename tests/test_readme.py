@@ -56,7 +56,7 @@ def test_every_output_is_explained(finished):
 
 
 def test_the_recipes_after_a_run(finished_copy, monkeypatch):
-    """An ensemble of two runs makes a submission, and a network of a run labels an image."""
+    """The mean of a run and itself is its submission, and a network of a run labels an image."""
     for name in ("run1", "run2", "submission"):
         (finished_copy / name).symlink_to(finished_copy / "out")
     monkeypatch.chdir(finished_copy)
@@ -64,7 +64,7 @@ def test_the_recipes_after_a_run(finished_copy, monkeypatch):
     scope = {"np": np, "torch": torch, "lib": lib, "Path": Path, "image": image, "mean": 90.0,
              "std": 60.0}
     exec(RECIPES[0], scope)
-    lib.check_submission(Path("ensemble.csv"), 6, 32 * 64)
+    assert Path("ensemble.csv").read_bytes() == Path("run1/submission.csv").read_bytes()
     assert scope["labels"].shape == (1, 32, 64) and scope["labels"].min() >= 1
 
 
