@@ -465,19 +465,28 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | 
         exemplars = np.append(exemplars, len(images))
         shared = features.compare(exemplars, different, pmap)
         member = shared[-1] >= SURE
-    while len(new := np.setdiff1d(np.flatnonzero(member), exemplars)[:EXEMPLARS - len(exemplars)]):
+    new = np.flatnonzero(member[:len(images)])[:EXEMPLARS]
+    while len(new):
         exemplars = np.append(exemplars, new)
         shared = np.maximum(shared, features.compare(new, different, pmap))
         member |= (shared[exemplars] >= LINKED).sum(0) > 1
+        new = np.setdiff1d(np.flatnonzero(member), exemplars)[:EXEMPLARS - len(exemplars)]
     outliers = np.flatnonzero(member[original])
-    lost = np.setdiff1d(masks, np.delete(masks, outliers, 0))
-    if len(outliers) > MAX_SHARE * len(images) or len(lost):
-        whole = f" and the whole of class {lost[0]}" if len(lost) else ""
-        log(f"cleaning: {len(outliers)} of {len(images)} images{whole} would go: refused")
+    if too_much(outliers, masks, log):
         outliers = outliers[:0]
     shared = shared[original[outliers]].max(1, initial=0)
     return pd.DataFrame({"index": outliers, "shared": shared,
                          "autoencoder_error": error[outliers]})
+
+
+def too_much(outliers: np.ndarray, masks: np.ndarray, log) -> bool:
+    """Return, and say, whether more than MAX_SHARE of the images, or all of a class, would go."""
+    lost = np.setdiff1d(masks, np.delete(masks, outliers, 0))
+    if len(outliers) <= MAX_SHARE * len(masks) and not len(lost):
+        return False
+    whole = f" and the whole of class {lost[0]}" if len(lost) else ""
+    log(f"cleaning: {len(outliers)} of {len(masks)} images{whole} would go: refused")
+    return True
 
 
 def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, pmap=map) -> None:
