@@ -799,6 +799,17 @@ class Frames:
             parts += [same[start:start + count] for start in range(0, len(same), count)]
         return parts
 
+    def join(self, frames: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Return frames of one size, (B, C, rows · H, columns · W), of all tiles' values
+        (T, C, H, W), mirrored where a tile is missing."""
+        h, w = values.shape[2:]
+        rows, columns = self.size[frames[0]].tolist()
+        index = torch.from_numpy(frames)
+        corner = torch.zeros_like(index)
+        pixels, _ = self.pixels(index, corner, corner, (rows * h, columns * w), (h, w))
+        pixels = pixels.numpy()
+        return values[pixels // (h * w), :, pixels // w % h, pixels % w].transpose(0, 3, 1, 2)
+
     def split(self, frames: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tiles that lie in frames of one size, (K,), and their parts (K, C, H, W) of
         values of these frames, (B, C, rows · H, columns · W)."""
@@ -1239,9 +1250,9 @@ def from_bytes(stored: np.ndarray) -> np.ndarray:
 def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
                      peaks: np.ndarray | None = None) -> np.ndarray:
     """Return labels uint8 (B, H, W): the class, from first_class on, of the largest probability
-    (B, C, H, W) times its factor, (C,) or (B, C). Of a class with a peak, (C,), above 0 a connected
-    part that nowhere is that probable goes to the next class (hysteresis: Canny 1986)."""
-    weighted = probs * np.float32(factors[..., None, None])
+    (B, C, H, W) times its factor, (C,). Of a class with a peak, (C,), above 0 a connected part that
+    nowhere is that probable goes to the next class (hysteresis: Canny 1986)."""
+    weighted = probs * np.float32(factors[:, None, None])
     weighted[:, :first_class] = -1
     labels = weighted.argmax(1)
     for c in np.flatnonzero(peaks) if peaks is not None else ():
@@ -1253,24 +1264,45 @@ def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
     return labels.astype(np.uint8)
 
 
-def cleaned_likeliest(probs: np.ndarray, first_class: int, pmap=map) -> np.ndarray:
-    """Return the likeliest classes, cleaned, uint8 (folds, T, H, W), of probs, bytes."""
-    factors = np.ones(NUM_CLASSES)
-    return np.stack([cleaned_labels(own, factors, first_class, None, pmap) for own in probs])
+def cleaned_labels(probs: np.ndarray, frames: Frames, wanted: np.ndarray, factors: np.ndarray,
+                   first_class: int, peaks: np.ndarray | None, pmap=map) -> np.ndarray:
+    """Return the labels of apply_thresholds, cleaned, uint8 (T, H, W), of the frames that hold a
+    wanted tile, bool (T,), else 0. Probs are bytes (T, C, H, W); factors and peaks (C,).
+
+    Frames are looked at whole: a rock that a tile's border cuts is one part.
+    """
+    labels = np.zeros((len(probs), *probs.shape[2:]), np.uint8)
+    frames = frames.to(torch.device("cpu"))
+
+    def label_frames(index: np.ndarray) -> None:
+        whole = apply_thresholds(from_bytes(frames.join(index, probs)), factors, first_class, peaks)
+        tiles, parts = frames.split(index, clean_masks(whole)[:, None])
+        labels[tiles] = parts[:, 0]
+
+    list(pmap(label_frames, frames.batches(wanted, CHUNK)))
+    return labels
 
 
-def cleaned_labels(probs: np.ndarray, factors: np.ndarray, first_class: int,
-                   peaks: np.ndarray | None, pmap=map) -> np.ndarray:
-    """Return the labels of apply_thresholds, cleaned, uint8 (N, H, W), of bytes (N, C, H, W) and
-    factors (N, C), or (C,) for all."""
-    factors = np.broadcast_to(factors, (len(probs), NUM_CLASSES))
+def cleaned_likeliest(probs: np.ndarray, frames: Frames, first_class: int,
+                      pmap=map) -> np.ndarray:
+    """Return each fold's likeliest classes, cleaned, uint8 (folds, T, H, W), of probs, bytes."""
+    every, ones = np.ones(probs.shape[1], bool), np.ones(NUM_CLASSES)
+    return np.stack([cleaned_labels(own, frames, every, ones, first_class, None, pmap)
+                     for own in probs])
 
-    def one_part(part: slice) -> np.ndarray:
-        floats = from_bytes(probs[part])
-        return clean_masks(apply_thresholds(floats, factors[part], first_class, peaks))
 
-    parts = map_slices(one_part, len(probs), pmap=pmap)
-    return np.concatenate([np.zeros((0, *probs.shape[2:]), np.uint8), *parts])
+def cleaned_out_of_fold(probs: np.ndarray, frames: Frames, fold_of: np.ndarray,
+                        factors: np.ndarray, first_class: int, peaks: np.ndarray,
+                        pmap=map) -> np.ndarray:
+    """Return the cleaned_labels of the training tiles, uint8 (N, H, W), each by its own fold's
+    probs (folds, T, C, H, W) and factors (folds, C); 0 of a tile without a fold."""
+    labels = np.zeros((len(fold_of), *probs.shape[3:]), np.uint8)
+    for fold, own in enumerate(probs):
+        wanted = np.arange(len(own)) < len(labels)
+        wanted[:len(labels)] = fold_of == fold
+        decided = cleaned_labels(own, frames, wanted, factors[fold], first_class, peaks, pmap)
+        labels[fold_of == fold] = decided[wanted]
+    return labels
 
 
 def mean_of_folds(probs: np.ndarray) -> np.ndarray:
@@ -2192,12 +2224,14 @@ def load_networks(folder: str | Path) -> dict[str, UNet]:
     return networks
 
 
-def average_runs(folders: list[str]) -> np.ndarray:
+def average_runs(folders: list[str], first_class: int = 1) -> np.ndarray:
     """Return the test labels, uint8 (M, H, W), of the mean of several runs with --save-probs."""
     runs = [np.load(Path(folder) / "probabilities.npz") for folder in folders]
     probs = mean_of_folds(np.stack([run["test"] for run in runs]))
     factors, peaks = np.mean([run["thresholds"] for run in runs], 0)
-    return cleaned_labels(probs, factors, int(runs[0]["first_class"]), peaks)
+    frames = Frames.lay_out(runs[0]["place"][:, -len(probs):], len(probs))  # without training tiles
+    every = np.ones(len(probs), bool)
+    return cleaned_labels(probs, frames, every, factors, first_class, peaks)
 
 
 def describe_test(labels: np.ndarray, probs: np.ndarray, truth: np.ndarray | None) -> dict:

@@ -424,7 +424,7 @@ def second_input(run: Run, probs: np.ndarray, log_ratios: np.ndarray | None) -> 
     context, (folds, T, C, h, w)."""
     cfg, data, device = run.cfg, run.tiles, run.workers.devices[0]
     published = cfg.refine == "background"
-    masks = lib.cleaned_likeliest(probs, cfg.first_class, run.helpers.map)
+    masks = lib.cleaned_likeliest(probs, data.frames, cfg.first_class, run.helpers.map)
     masks = torch.from_numpy(masks).to(device)
     if log_ratios is not None:
         log_ratios = torch.from_numpy(log_ratios[:, :, cfg.first_class:]).to(device)
@@ -459,24 +459,24 @@ def keep_first(run: Run, data: StageInput, before: np.ndarray, after: np.ndarray
 def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     """Score each fold's probabilities after a step, bytes (folds, T, C, H, W), out of fold, predict
     the test set by their mean, and note both in run."""
-    data, plan, pmap = run.data, run.plan, run.helpers.map
-    n, first_class, scored = len(data.masks), run.cfg.first_class, run.fold_of >= 0
+    data, frames, pmap = run.data, run.tiles.frames, run.helpers.map
+    n, first_class = len(data.masks), run.cfg.first_class
     own = probs[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
     factors = np.ones((1 + len(probs), NUM_CLASSES))  # the submission's, and each fold's
     peaks = test_peaks = np.zeros(NUM_CLASSES)
     if run.cfg.fit_thresholds and len(probs) > 1:
         # a part must somewhere be that sure; means of several networks never are as sure as one
-        peaks = run.is_rare * (0.8 if plan.seeds == 1 else 0.5)
+        peaks = run.is_rare * (0.8 if run.plan.seeds == 1 else 0.5)
         test_peaks = run.is_rare * 0.5
         factors = lib.cross_fit_thresholds(own, data.masks, run.fold_of, peaks, pmap)
-    labels = lib.cleaned_labels(own, factors[1 + run.fold_of.clip(0)], first_class, peaks, pmap)
-    labels[~scored] = 0
-    test_probs = lib.mean_of_folds(probs[:, n:])
-    tests = lib.cleaned_labels(test_probs, factors[0], first_class, test_peaks, pmap)
+    labels = lib.cleaned_out_of_fold(probs, frames, run.fold_of, factors[1:], first_class, peaks,
+                                     pmap)
+    mean, is_test = lib.mean_of_folds(probs), np.arange(probs.shape[1]) >= n
+    tests = lib.cleaned_labels(mean, frames, is_test, factors[0], first_class, test_peaks, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
     scores["factors"] = factors[0].tolist()
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
-    run.steps.append(Step(name, labels, own, tests, test_probs, (factors[0], test_peaks)))
+    run.steps.append(Step(name, labels, own, tests[n:], mean[n:], (factors[0], test_peaks)))
     print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
           f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
 
@@ -589,7 +589,7 @@ def write_outputs(run: Run, best: Step) -> None:
         if cfg.save_probs:
             with lib.atomic_write(out / f"probabilities{suffix}.npz") as f:
                 np.savez(f, out_of_fold=best.probs, test=best.test_probs,
-                         thresholds=best.thresholds, first_class=cfg.first_class)
+                         thresholds=best.thresholds, place=run.tiles.frames.place.cpu())
     metrics["minutes"] = round(run.clock.used() / 60, 2)
     with lib.going_on(metrics):
         if not suffix:

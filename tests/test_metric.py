@@ -100,28 +100,29 @@ def test_bytes_and_back():
 
 @pytest.mark.parametrize("first_class", [0, 1])
 def test_thresholds_are_an_argmax(first_class):
-    """The class from first_class on with the largest probability times factor, one vector for all
-    images or one an image; equal factors change nothing."""
+    """The class from first_class on with the largest probability times factor; equal factors change
+    nothing."""
     probs = np.float32([[0.5, 0.3, 0.1, 0.06, 0.04], [0.05, 0.4, 0.3, 0.15, 0.1]])[..., None, None]
     ones, rock = np.ones(5), np.array([1, 1, 1, 1, 20])
     plain = [[0, 1], [1, 1]][first_class]
     assert lib.apply_thresholds(probs, ones, first_class).ravel().tolist() == plain
     assert lib.apply_thresholds(probs, 7 * ones, first_class).ravel().tolist() == plain
     assert lib.apply_thresholds(probs, rock, first_class).ravel().tolist() == [4, 4]
-    each = lib.apply_thresholds(probs, np.stack([ones, rock]), first_class)
-    assert each.ravel().tolist() == [plain[0], 4] and each.dtype == np.uint8
+    assert lib.apply_thresholds(probs, rock, first_class).dtype == np.uint8
 
 
-def test_the_likeliest_classes_are_cleaned_per_fold():
-    """Two folds of 300 tiles, cleaned 256 at a time: a speck goes, its class's block stays, and
-    background is never the answer."""
-    probs = np.zeros((2, 300, 5, 9, 9), np.uint8)
-    probs[:, :, 0] = 200
-    probs[:, :, 1], probs[1, :, 2] = 20, 30
-    probs[0, 299, 3, :3, :3] = probs[0, 299, 3, 5, 5] = 99
-    want = np.ones((2, 300, 9, 9), np.uint8)
-    want[1], want[0, 299, :3, :3] = 2, 3
-    np.testing.assert_array_equal(lib.cleaned_likeliest(probs, 1), want)
+def test_lone_tiles_are_cleaned():
+    """300 tiles without neighbours: a speck goes, its class's block stays, background is never the
+    answer, and tiles that are not wanted are 0."""
+    probs = np.zeros((300, 5, 9, 9), np.uint8)
+    probs[:, 0] = 200
+    probs[:, 1] = 20
+    probs[299, 3, :3, :3] = probs[299, 3, 5, 5] = 99
+    want = np.ones((300, 9, 9), np.uint8)
+    want[299, :3, :3], want[0] = 3, 0
+    frames, wanted = lib.Frames.lay_out(None, 300), np.arange(300) > 0
+    got = lib.cleaned_labels(probs, frames, wanted, np.ones(5), 1, None)
+    np.testing.assert_array_equal(got, want)
 
 
 ROCK = np.array([0, 0, 0, 0, 1.0])
@@ -139,6 +140,28 @@ def test_a_part_without_its_peak_goes_to_the_next_class(scale):
     got = lib.apply_thresholds(probs, factors, 1, 0.8 * ROCK)
     np.testing.assert_array_equal(got[:, 0], [[4, 4, 4, 1, 3, 3], [3, 3, 3, 3, 4, 4]])
     assert (lib.apply_thresholds(probs, factors, 1, 0 * ROCK)[0, 0, 4:] == 4).all()
+
+
+def test_a_rock_across_a_border_is_one_part():
+    """A rock on two tiles side by side, sure on the left one alone, is kept on both; where the
+    tiles are apart, the right one's part goes."""
+    probs = np.zeros((2, 5, 8, 8), np.float32)
+    probs[:, 1] = 0.4
+    probs[0, 4, 2:6, 4:], probs[1, 4, 2:6, :4] = 0.9, 0.5
+    place, both = np.array([[0, 0], [0, 0], [0, 1]]), np.ones(2, bool)
+    for at, kept in ((place, 4), (None, 1)):
+        frames = lib.Frames.lay_out(at, 2)
+        got = lib.cleaned_labels(lib.to_bytes(probs), frames, both, np.ones(5), 1, 0.8 * ROCK)
+        assert (got[0, 2:6, 4:] == 4).all() and (got[1, 2:6, :4] == kept).all()
+
+
+def test_each_tile_by_its_own_fold():
+    """Out of fold a tile's labels are those of its fold's probabilities; without a fold 0."""
+    probs = np.zeros((2, 4, 5, 8, 8), np.uint8)
+    probs[0, :, 1], probs[1, :, 2] = 200, 200
+    frames = lib.Frames.lay_out(None, 4)
+    got = lib.cleaned_out_of_fold(probs, frames, np.array([1, 0, -1]), np.ones((2, 5)), 1, 0 * ROCK)
+    assert got[:, 0, 0].tolist() == [2, 1, 0] and got.shape == (3, 8, 8)
 
 
 def sure(*cells: tuple[int, float, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import types
 
 import kit
 import numpy as np
@@ -47,8 +48,9 @@ def concluding(shared, fold_of, probs):
     n = len(fold_of)
     data = dataclasses.replace(shared.data, masks=np.ones((n, 8, 8), np.uint8),
                                test_images=np.zeros((probs.shape[1] - n, 8, 8), np.uint8))
+    tiles = types.SimpleNamespace(frames=lib.Frames.lay_out(None, probs.shape[1]))
     run = dataclasses.replace(shared, data=data, fold_of=np.array(fold_of), metrics={}, steps=[],
-                              is_rare=np.arange(5) == 4)
+                              is_rare=np.arange(5) == 4, tiles=tiles)
     solve.conclude(run, "step", np.tile(probs[..., None, None], (8, 8)))
     return run
 
