@@ -349,7 +349,7 @@ SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 84), (4, 16, 32, 60), (4
 def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float) -> Plan:
     """Return the Plan of what fits into the time, in seconds, given one of measured speed."""
     seconds = limit - used
-    most_padding = min(task.height, task.width) // 2 * task.frames
+    max_padding = min(task.height, task.width) // 2 * task.frames
     half = 2 / 7  # of the time of a whole image a half-sized one takes; measured .27 to .37
     later = 1.5 * (task.shown if cfg.refine == "background" else 1)  # stage 2's input costs more
     second_epochs = 1.0 if cfg.epochs else cfg.second_epochs         # a share of stage 1's
@@ -381,7 +381,7 @@ def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float
     for folds, width, padding, least in SIZES:
         least = max(least, cfg.epochs) if padding else least  # tiles alone unless they fit
         plan, affordable = draft(cfg.folds or min(folds, task.images), cfg.seeds or 1,
-                                 cfg.width or width, min(padding, most_padding))
+                                 cfg.width or min(width, task.max_width), min(padding, max_padding))
         if affordable >= least:
             break
     while not (cfg.seeds or cfg.epochs) and plan.seeds < 8:
@@ -409,9 +409,10 @@ def measure_speed(run: Run, data: StageInput) -> float:
 
 
 def plan_run(run: Run, task: Task) -> Plan:
-    """Return the plan for the time left, from the speed of a network of width 16, on GPUs 32."""
+    """Return the plan for the time left, from the speed of networks of width 16, on GPUs 32."""
     workers = task.gpus * run.cfg.streams or task.cores
-    run.plan = replace(run.plan, width=run.cfg.width or (32 if task.gpus else 16), workers=workers)
+    width = run.cfg.width or min(task.max_width, 32 if task.gpus else 16)
+    run.plan = replace(run.plan, width=width, workers=workers)
     run.workers = lib.Workers(run.workers.devices, workers)
     measured = replace(run.plan, speed=measure_speed(run, first_input(run)))
     return make_plan(run.cfg, task, measured, run.clock.used(), run.clock.limit)
@@ -460,7 +461,7 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     """Score each fold's probabilities after a step, bytes (folds, T, C, H, W), out of fold, predict
     the test set by their mean, and note both in run."""
     data, frames, pmap = run.data, run.tiles.frames, run.helpers.map
-    n, first_class = len(data.masks), run.cfg.first_class
+    n, first = len(data.masks), run.cfg.first_class
     own = probs[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
     factors = np.ones((1 + len(probs), NUM_CLASSES))  # the submission's, and each fold's
     peaks = test_peaks = np.zeros(NUM_CLASSES)
@@ -469,10 +470,9 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
         peaks = run.is_rare * (0.8 if run.plan.seeds == 1 else 0.5)
         test_peaks = run.is_rare * 0.5
         factors = lib.cross_fit_thresholds(own, data.masks, run.fold_of, peaks, pmap)
-    labels = lib.cleaned_out_of_fold(probs, frames, run.fold_of, factors[1:], first_class, peaks,
-                                     pmap)
+    labels = lib.cleaned_out_of_fold(probs, frames, run.fold_of, factors[1:], first, peaks, pmap)
     mean, is_test = lib.mean_of_folds(probs), np.arange(probs.shape[1]) >= n
-    tests = lib.cleaned_labels(mean, frames, is_test, factors[0], first_class, test_peaks, pmap)
+    tests = lib.cleaned_labels(mean, frames, is_test, factors[0], first, test_peaks, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
     scores["factors"] = factors[0].tolist()
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
@@ -525,7 +525,7 @@ def load(cfg: Config) -> tuple[Config, lib.Data]:
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
-            cfg = replace(cfg, max_hours=0.033)
+            cfg = replace(cfg, max_hours=0.036)
     if cfg.test:
         lib.load_test_set(data, cfg.test, lib.user_path(cfg.out))
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing

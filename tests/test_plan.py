@@ -212,3 +212,12 @@ def test_the_published_rate_falls_by_plateaus():
 def test_few_images_get_smaller_steps(images, size):
     """A 16th of the images a step, four at least, 32 at most."""
     assert solve.batch_size(solve.parse([]), images) == size
+
+
+@pytest.mark.parametrize("images, width", [(228, 12), (60, 8), (2505, 32)])
+def test_few_images_get_narrow_networks(images, width):
+    """Of 228 images networks are at most 12 wide, of 60 they are 8, of 2,505 what there is time
+    for; --width is obeyed."""
+    machine = dict(cores=16, speed=3000.0, hours=11, images=images)
+    assert make_plan(**machine).width == width
+    assert make_plan(**machine, flags=["--width", "48"]).width == 48
