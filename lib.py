@@ -1307,8 +1307,10 @@ def cleaned_out_of_fold(probs: np.ndarray, frames: Frames, fold_of: np.ndarray,
 
 def mean_of_folds(probs: np.ndarray) -> np.ndarray:
     """Return the mean over folds, bytes (M, C, H, W), of bytes (folds, M, C, H, W)."""
-    total = probs.sum(0, dtype=np.uint16)
-    return np.uint8((total + len(probs) // 2) // len(probs))  # rounded
+    total = probs.sum(0, dtype=np.uint16)  # 1 GB of the competition's, so changed in place
+    total += len(probs) // 2               # to round
+    total //= len(probs)
+    return total.astype(np.uint8)
 
 
 def fit_thresholds(probs: np.ndarray, masks: np.ndarray, peaks: np.ndarray) -> np.ndarray:
@@ -1537,8 +1539,8 @@ class Task:
 
     @property
     def max_width(self) -> int:
-        """Of networks: wider ones learn few images by heart. Of 228, width 12 scores .01 more out
-        of fold than 16 in the same time (two seeds)."""
+        """Of networks: wider ones learn few images by heart. Of 228, in the same time, width 12
+        scores .655 out of fold and .636 on the test set, 16 scores .646 and .621 (three runs)."""
         return max(8, self.images // 64 * 4)
 
 
