@@ -1295,12 +1295,12 @@ def cleaned_out_of_fold(probs: np.ndarray, frames: Frames, fold_of: np.ndarray,
                         factors: np.ndarray, first_class: int, peaks: np.ndarray,
                         pmap=map) -> np.ndarray:
     """Return the cleaned_labels of the training tiles, uint8 (N, H, W), each by its own fold's
-    probs (folds, T, C, H, W) and factors (folds, C); 0 of a tile without a fold."""
+    probs (folds, T, C, H, W); 0 of a tile without a fold."""
     labels = np.zeros((len(fold_of), *probs.shape[3:]), np.uint8)
     for fold, own in enumerate(probs):
         wanted = np.arange(len(own)) < len(labels)
         wanted[:len(labels)] = fold_of == fold
-        decided = cleaned_labels(own, frames, wanted, factors[fold], first_class, peaks, pmap)
+        decided = cleaned_labels(own, frames, wanted, factors, first_class, peaks, pmap)
         labels[fold_of == fold] = decided[wanted]
     return labels
 
@@ -1313,31 +1313,26 @@ def mean_of_folds(probs: np.ndarray) -> np.ndarray:
     return total.astype(np.uint8)
 
 
-def fit_thresholds(probs: np.ndarray, masks: np.ndarray, peaks: np.ndarray) -> np.ndarray:
-    """Return the factors (C,) that give probs, bytes (N, C, H, W), the best mean IoU: 1, but for
-    classes with a peak.
+def decide_out_of_fold(probs: np.ndarray, masks: np.ndarray, frames: Frames, fold_of: np.ndarray,
+                       candidates: np.ndarray, first_class: int, peaks: np.ndarray,
+                       pmap=map) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels of cleaned_out_of_fold, each fold's by those of the candidates, factors
+    (K, C), that score best on the other folds; and the factors (C,) that score best on all.
 
     The IoU J of a class is best where all pixels above about J / (1 + J) are taken, long before
     the class is the likeliest (for F1 that is Lipton et al. 2014).
     """
-    factors, probs = np.ones(NUM_CLASSES), from_bytes(probs)
-    for c in np.flatnonzero(peaks):
-        scores = {}
-        for factor in (1, 0.5, 0.7, 1.4, 2, 2.8, 4):
-            factors[c] = factor
-            labels = apply_thresholds(probs, factors, 1, peaks)
-            scores[factor] = iou_scores(confusion_matrix(masks, labels))[0]
-        factors[c] = max(scores, key=scores.get)  # of equals the first
-    return factors
-
-
-def cross_fit_thresholds(probs: np.ndarray, masks: np.ndarray, fold_of: np.ndarray,
-                         peaks: np.ndarray, pmap=map) -> np.ndarray:
-    """Return factors (1 + folds, C): those of fit_thresholds of all out-of-fold probs, for other
-    images, and for each fold those of the other folds, by which it is scored."""
-    probs, masks = probs[..., 2::4, 2::4], masks[:, 2::4, 2::4]  # a part tells as much
-    parts = [fold_of >= 0, *(fold_of != fold for fold in range(fold_of.max() + 1))]
-    return np.stack(list(pmap(lambda part: fit_thresholds(probs[part], masks[part], peaks), parts)))
+    folds = range(len(probs))
+    tried = [cleaned_out_of_fold(probs, frames, fold_of, factors, first_class, peaks, pmap)
+             for factors in candidates]
+    counts = np.stack([[confusion_matrix(masks[fold_of == k], labels[fold_of == k]) for k in folds]
+                       for labels in tried])
+    total = counts.sum(1)
+    labels = np.zeros_like(masks)
+    for k in folds:
+        others = [iou_scores(count)[0] for count in total - counts[:, k]]
+        labels[fold_of == k] = tried[np.argmax(others)][fold_of == k]  # of equals the first
+    return labels, candidates[np.argmax([iou_scores(count)[0] for count in total])]
 
 
 def score_folds(masks: np.ndarray, labels: np.ndarray, fold_of: np.ndarray, folds: int) -> dict:
@@ -1400,8 +1395,8 @@ def parse_flags(config: type, argv: list[str], description: str) -> dict:
 
 def run_command(command) -> int:
     """Return the exit status of command(): its own, 2 after a user's mistake or a full disk, told
-    in one sentence, 130 after Ctrl-C, 143 after SIGTERM. Streams and signals are given back."""
-    before, stdout = None, sys.stdout
+    in one sentence, 130 after Ctrl-C, 143 after SIGTERM. Signals are given back."""
+    before = None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not; ASCII gets ? for ±
             # one write a line: torchrun's processes share a pipe
@@ -1420,7 +1415,6 @@ def run_command(command) -> int:
                   "checkpoint", file=sys.stderr)
         return status
     finally:
-        sys.stdout = stdout  # of other ranks it is closed
         if before is not None:
             signal.signal(signal.SIGTERM, before)
 
@@ -2192,11 +2186,9 @@ def going_on(metrics: dict):
 def warn(message: str) -> None:
     """Print a warning of this process, with its number if it is another than the first."""
     rank = os.environ.get("RANK", "0")
+    prefix, stream = ("", sys.stdout) if rank == "0" else (f"rank {rank}: ", sys.stderr)
     with contextlib.suppress(OSError):  # the log is on the full disk too
-        if rank == "0":
-            print(message, flush=True)
-        else:
-            print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
+        print(prefix + message, file=stream, flush=True)
 
 
 def count_plateaus(figures: list[float], patience: int) -> int:
@@ -2269,24 +2261,15 @@ class Ranks:
         if self.rank:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
-    def barrier(self) -> None:
-        """Wait until all processes are here."""
-        if self.world > 1:
-            dist.barrier()
-
     def share(self, value: dict, source: int = 0) -> dict:
-        """Return the source's value, a dict of plain values and tensors, in every process."""
+        """Return the source's value, a dict of plain values and tensors, in every process, when
+        all of them are here."""
         if self.world == 1:
             return value
-        buffer = io.BytesIO()
+        buffer, values = io.BytesIO(), [b""] * self.world
         torch.save(value, buffer)
-        data = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-        size = torch.tensor([len(data)])
-        dist.broadcast(size, source)
-        if self.rank != source:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, source)
-        return torch.load(io.BytesIO(data.numpy()), map_location="cpu", weights_only=True)
+        dist.all_gather_object(values, buffer.getvalue())
+        return torch.load(io.BytesIO(values[source]), map_location="cpu", weights_only=True)
 
     def gather(self, networks: list[TrainingState]) -> None:
         """Give each network, finished by one of the ranks in turn, to all."""
@@ -2357,16 +2340,15 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
     state = out / "state"
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else it goes on
     identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
-    if ranks.share(identity) != identity:
-        raise UserError("torchrun: the processes have different data or options")
     try:
         state.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(state, ranks.rank)
-        ranks.barrier()  # nothing is thrown away that another run has locked
+        if ranks.share(identity) != identity:  # nothing is thrown away that another run has locked
+            raise UserError("torchrun: the processes have different data or options")
         for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():
             for old in state.glob(pattern):  # nothing but our own
                 old.unlink(missing_ok=True)
-        ranks.barrier()
+        ranks.share({})  # in a common folder all has gone before anything is written
         before = read_json(state / "identity.json")
         for key in {**before, **identity} if before else ():
             if before.get(key) != identity.get(key):
@@ -2376,7 +2358,6 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
         if not before and any(state.glob("stage*.pt")):
             raise UserError(f"{state}: networks without their identity.json; put it back, or "
                             "begin anew with --fresh")
-        ranks.barrier()  # in a common folder none takes another's file for an earlier run's
         write_json(state / "identity.json", identity)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "

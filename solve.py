@@ -76,7 +76,7 @@ class Config:
     most_epochs: int = 96         # of stage 1; of 200 only common classes gain
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
-    fit_thresholds: bool = True   # rare classes' probabilities are multiplied by what suits best
+    factors: tuple = (1, 0.5, 2, 4)  # tried on rare classes' probabilities; (1,): as they are
     half_sized: float = 2 / 3     # of stage 1's epochs, the first ones, on images of half the side
     shuffle: int = 2              # side of the blocks of pixels that the network takes as one
     global_context: bool = True   # the bottleneck sees the mean of the whole image
@@ -89,7 +89,7 @@ RECIPES = {"best": {}, "paper": dict(
     folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, second_epochs=0.2, gamma=3.0,
     alpha=0.25, oversample=1, copy_paste=0.25, patience=25, ema_decay=0.0, first_class=0,
     refine="background", monitor="loss", geometric=(0.2, 0.2, 60.0), flip_vertical=True, tta=False,
-    most_epochs=300, weight_decay=0.0, cooldown=0.0, fit_thresholds=False, half_sized=0.0,
+    most_epochs=300, weight_decay=0.0, cooldown=0.0, factors=(1,), half_sized=0.0,
     shuffle=1, global_context=False, level_weights=(0.2, 0.3, 0.5))}
 
 
@@ -463,20 +463,18 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     data, frames, pmap = run.data, run.tiles.frames, run.helpers.map
     n, first = len(data.masks), run.cfg.first_class
     own = probs[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
-    factors = np.ones((1 + len(probs), NUM_CLASSES))  # the submission's, and each fold's
-    peaks = test_peaks = np.zeros(NUM_CLASSES)
-    if run.cfg.fit_thresholds and len(probs) > 1:
-        # a part must somewhere be that sure; means of several networks never are as sure as one
-        peaks = run.is_rare * (0.8 if run.plan.seeds == 1 else 0.5)
-        test_peaks = run.is_rare * 0.5
-        factors = lib.cross_fit_thresholds(own, data.masks, run.fold_of, peaks, pmap)
-    labels = lib.cleaned_out_of_fold(probs, frames, run.fold_of, factors[1:], first, peaks, pmap)
+    fitted = run.is_rare & (len(run.cfg.factors) > 1 and len(probs) > 1)
+    candidates = np.where(fitted, np.array(run.cfg.factors)[:, None], 1)
+    # a part must somewhere be that sure; means of several networks never are as sure as one
+    peaks, test_peaks = fitted * (0.8 if run.plan.seeds == 1 else 0.5), fitted * 0.5
+    labels, factors = lib.decide_out_of_fold(probs, data.masks, frames, run.fold_of, candidates,
+                                             first, peaks, pmap)
     mean, is_test = lib.mean_of_folds(probs), np.arange(probs.shape[1]) >= n
-    tests = lib.cleaned_labels(mean, frames, is_test, factors[0], first, test_peaks, pmap)
+    tests = lib.cleaned_labels(mean, frames, is_test, factors, first, test_peaks, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
-    scores["factors"] = factors[0].tolist()
+    scores["factors"] = factors.tolist()
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
-    run.steps.append(Step(name, labels, own, tests[n:], mean[n:], (factors[0], test_peaks)))
+    run.steps.append(Step(name, labels, own, tests[n:], mean[n:], (factors, test_peaks)))
     print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
           f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
 

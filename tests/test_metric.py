@@ -160,7 +160,7 @@ def test_each_tile_by_its_own_fold():
     probs = np.zeros((2, 4, 5, 8, 8), np.uint8)
     probs[0, :, 1], probs[1, :, 2] = 200, 200
     frames = lib.Frames.lay_out(None, 4)
-    got = lib.cleaned_out_of_fold(probs, frames, np.array([1, 0, -1]), np.ones((2, 5)), 1, 0 * ROCK)
+    got = lib.cleaned_out_of_fold(probs, frames, np.array([1, 0, -1]), np.ones(5), 1, 0 * ROCK)
     assert got[:, 0, 0].tolist() == [2, 1, 0] and got.shape == (3, 8, 8)
 
 
@@ -179,15 +179,26 @@ def sure(*cells: tuple[int, float, int]) -> tuple[np.ndarray, np.ndarray]:
     return lib.to_bytes(probs).repeat(4, 2).repeat(4, 3), truth.repeat(4, 1).repeat(4, 2)
 
 
+CANDIDATES = np.where(ROCK, np.array([[1], [0.5], [2], [4]]), 1)
+
+
+def decide(probs, masks, fold_of=None, peak=0.3) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels and the factors of lib.decide_out_of_fold of lone tiles; without fold_of
+    all are of one fold."""
+    fold_of = np.zeros(len(masks), int) if fold_of is None else fold_of
+    probs = np.stack([probs] * (fold_of.max() + 1))
+    frames = lib.Frames.lay_out(None, len(masks))
+    return lib.decide_out_of_fold(probs, masks, frames, fold_of, CANDIDATES, 1, peak * ROCK)
+
+
 @pytest.mark.parametrize("cells,factor", [((30, 0.4, 12), 2), ((100, 0.4, 1), 1),
                                           ((100, 0.55, 1), 0.5)])
 def test_the_unlikely_is_taken_where_it_pays(cells, factor):
     """Of 30 cells of .4, 12 are rock: to take them makes the IoUs (12/30, 970/988) of (0, .988),
     and 2 · .4 > .6 is the first factor that does. Of 100 one is rock: left, at .55 given up.
     Common classes keep their factor of 1."""
-    factors = lib.fit_thresholds(*sure(cells), 0.3 * ROCK)
-    assert factors.tolist() == [1, 1, 1, 1, factor]
-    assert lib.fit_thresholds(*sure(cells), 0.8 * ROCK)[4] == 1  # no part is so sure
+    assert decide(*sure(cells))[1].tolist() == [1, 1, 1, 1, factor]
+    assert decide(*sure(cells), peak=0.8)[1][4] == 1  # no part is so sure
 
 
 def test_thresholds_are_fitted_with_the_peaks():
@@ -195,29 +206,25 @@ def test_thresholds_are_fitted_with_the_peaks():
     do."""
     false, rock = [(1, 0.6, 0), (1, 0.0, 0)] * 20, [(1, 0.4, 1), (1, 0.9, 1), (1, 0.4, 1)]
     probs, truth = sure(*false, *rock, (1, 0.0, 0), *rock)
-    factors = lib.fit_thresholds(probs, truth, 0.8 * ROCK)
+    factors = decide(probs, truth, peak=0.8)[1]
     assert factors.tolist() == [1, 1, 1, 1, 2]
     got = lib.apply_thresholds(lib.from_bytes(probs), factors, 1, 0.8 * ROCK)
     np.testing.assert_array_equal(got, truth)
 
 
-def test_a_fold_is_scored_by_the_others_thresholds():
-    """Rock of .4 is worth taking in fold 1 and of .55 worth giving up in fold 0: each fold has the
-    other's factor, whatever its own labels are. The submission's comes of both, and of images of
-    no fold from none."""
+def test_a_fold_is_decided_by_the_others_thresholds():
+    """Rock of .4 is worth taking in fold 1 and of .55 worth giving up in fold 0: each fold is
+    decided by the other's factor, whatever its own labels are; tiles of no fold do not count."""
     parts = sure((100, 0.55, 1)), sure((30, 0.4, 12)), sure((900, 0.4, 900))
     probs, masks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    fold_of, peaks = np.array([0, 1, -1]).repeat(10), 0.3 * ROCK
+    fold_of = np.array([0, 1, -1]).repeat(10)
     scored = fold_of >= 0
-    factors = lib.cross_fit_thresholds(probs[scored], masks[scored], fold_of[scored], peaks)
-    both = lib.fit_thresholds(probs[scored], masks[scored], peaks)[4]
-    assert factors[:, 4].tolist() == [both, 2, 0.5]
-    assert (factors[:, :4] == 1).all()
-    every = lib.cross_fit_thresholds(probs, masks, fold_of, peaks)
-    np.testing.assert_array_equal(every[0], factors[0])
+    labels, factors = decide(probs, masks, fold_of)
+    assert (labels[0, :, :40] == 4).all() and (labels[10:] < 4).all()
+    np.testing.assert_array_equal(factors, decide(probs[scored], masks[scored])[1])
     masks[fold_of == 0] = 3
-    noisy = lib.cross_fit_thresholds(probs[scored], masks[scored], fold_of[scored], peaks)
-    np.testing.assert_array_equal(noisy[1], factors[1])
+    noisy, _ = decide(probs, masks, fold_of)
+    np.testing.assert_array_equal(noisy[:10], labels[:10])
 
 
 @pytest.mark.fault(17)
