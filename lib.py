@@ -89,7 +89,6 @@ class Data:
     test_labels: np.ndarray | None = None
     mean: float = 0.0           # of the training images' grey values
     std: float = 1.0
-    scale: tuple[float, float] = (0.0, 255.0)  # what became grey value 0 and 255
     notes: list[str] = field(default_factory=list)  # warnings to be printed
 
 
@@ -150,28 +149,38 @@ def read_npz(path: Path, wanted: str = "training_set") -> dict[str, np.ndarray]:
                         f"web page, an .npy?); log in, fetch it again ({e!r:.120})") from None
 
 
-def load_data(path: str | Path) -> Data:
+def load_data(path: str | Path, other: str = "") -> Data:
     """Load and check a file: training_set (N, 2, H, W), images and labels; optional are test_set
-    and test_labels, both (M, H, W). Of any numeric dtype. Raises UserError."""
-    path = find_data_file(path)
+    and test_labels, both (M, H, W). Of any numeric dtype. Raises UserError.
+
+    Args: other, a file whose test_set and test_labels take the place of the first one's.
+    """
+    path = test_path = find_data_file(path)
     arrays = read_npz(path)
     train = arrays["training_set"]
     check_shape(f"{path}: training_set", train, (0, 2, 0, 0))
-    test = arrays.get("test_set", train[:0, 0])
-    if "test_set" in arrays:
-        check_shape(f"{path}: test_set", test, (0, *train.shape[2:]))
     masks = to_labels(train[:, 1], f"{path}: training_set[:, 1]")
-    sets = {"training_set[:, 0]": train[:, 0], "test_set": test}
+    if "test_set" in arrays:
+        check_shape(f"{path}: test_set", arrays["test_set"], (0, *train.shape[2:]))
+    sets = {"training_set[:, 0]": train[:, 0], "test_set": arrays.get("test_set", train[:0, 0])}
     scale = common_scale(path, sets)
+    if other:
+        test_path = find_data_file(other)
+        arrays = read_npz(test_path, "test_set")
+        check_shape(f"{test_path}: test_set", arrays["test_set"], (0, *train.shape[2:]))
+        sets["test_set"] = arrays["test_set"]
+        if common_scale(test_path, sets) != scale:  # the networks have learnt that of the first
+            raise UserError(f"{test_path}: test_set reaches outside {scale}, the scale of {path}; "
+                            "map it to that, np.clip what little is outside")
     images, test_images = (to_uint8(x, scale) for x in sets.values())
     sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     data = Data(path, sha256, images, masks, test_images,
-                mean=float(images.mean()), std=max(1.0, float(images.std())), scale=scale)
-    if len(test) == 0:
+                mean=float(images.mean()), std=max(1.0, float(images.std())))
+    if len(test_images) == 0:
         data.notes.append("no test_set in the file: there will be scores and no submission")
     elif "test_labels" in arrays:
-        check_shape(f"{path}: test_labels", arrays["test_labels"], test.shape)
-        data.test_labels = to_labels(arrays["test_labels"], f"{path}: test_labels")
+        check_shape(f"{test_path}: test_labels", arrays["test_labels"], test_images.shape)
+        data.test_labels = to_labels(arrays["test_labels"], f"{test_path}: test_labels")
     constant = (images.min((1, 2)) == images.max((1, 2))).sum()
     if len(images) < 2 or constant == len(images) or not masks.any():
         raise UserError(f"{path}: nothing to learn: at least 2 images are needed, not all of a "
@@ -182,28 +191,6 @@ def load_data(path: str | Path) -> Data:
         data.notes.append(f"on no training pixel: {', '.join(absent) or 'no class'}; {constant} "
                           f"training images are constant; {len(copies)} test images are copies")
     return data
-
-
-def load_test_set(data: Data, path: str | Path, out: Path | None = None) -> None:
-    """Put another file's test_set, and test_labels if there are any, in the place of data's.
-    UserError also if the run in the folder out is not finished."""
-    if out is not None and not (out / "metrics.json").exists():
-        raise UserError(f"--test: first finish the run in {out}, without --test")
-    path = find_data_file(path)
-    arrays = read_npz(path, "test_set")
-    test = arrays["test_set"]
-    check_shape(f"{path}: test_set", test, (0, *data.images.shape[1:]))
-    before = np.array(data.scale)[:, None, None]
-    common_scale(path, {"the run's training_set": before, "test_set": test})
-    outside = ((test < data.scale[0]) | (test > data.scale[1])).mean()
-    if outside > 0.01:
-        raise UserError(f"{path}: the sets are not of one scale, {outside:.0%} of test_set lie "
-                        f"outside {data.scale}, the training images' range")
-    data.test_images = to_uint8(test, data.scale)
-    data.test_labels = None
-    if "test_labels" in arrays:
-        check_shape(f"{path}: test_labels", arrays["test_labels"], data.test_images.shape)
-        data.test_labels = to_labels(arrays["test_labels"], f"{path}: test_labels")
 
 
 def check_shape(name: str, array: np.ndarray, wanted: tuple) -> None:
@@ -2203,13 +2190,12 @@ def count_plateaus(figures: list[float], patience: int) -> int:
 
 
 def warn_of_chance(miou: float, masks: np.ndarray) -> None:
-    """Say what it usually means if a score is hardly above that of guesses or of one class."""
+    """Say what it usually means if a score is hardly above that of the best constant answer."""
     shares = np.bincount(masks[masks > 0], minlength=NUM_CLASSES) / (masks > 0).sum()
-    shares = shares[shares > 0]
-    chance = max(shares.max() / len(shares), (shares / (2 - shares)).mean())
-    if not miou > 1.5 * chance:
-        warn(f"warning: out of fold the networks score {miou:.3f}, guesses {chance:.3f}: are the "
-             "labels those of these images, in the same order? If so, train for longer")
+    constant = shares.max() / (shares > 0).sum()
+    if not miou > 1.5 * constant:
+        warn(f"warning: out of fold the networks score {miou:.3f}, one class alone {constant:.3f}: "
+             "are the labels those of these images, in the same order? If so, train for longer")
 
 
 def load_networks(folder: str | Path) -> dict[str, UNet]:

@@ -519,13 +519,13 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
 
 def load(cfg: Config) -> tuple[Config, lib.Data]:
     """Return the data, with the test set of --test if there is one, and what follows for cfg."""
-    data = lib.load_data(cfg.data)
+    if cfg.test and not (lib.user_path(cfg.out) / "metrics.json").exists():
+        raise UserError(f"--test: first finish the run in {cfg.out}, without --test")
+    data = lib.load_data(cfg.data, cfg.test)
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
             cfg = replace(cfg, max_hours=0.036)
-    if cfg.test:
-        lib.load_test_set(data, cfg.test, lib.user_path(cfg.out))
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
         cfg = replace(cfg, half_sized=0.0)
     print("\n".join(lib.describe(data)), flush=True)

@@ -297,32 +297,31 @@ def test_notes(tmp_path, changed, note):
 
 def test_another_test_set_is_of_the_first_ones_scale(tmp_path):
     """Of standardised images the training file's range decides what is black and white, whatever
-    the other file's range; and images of plainly another scale are refused."""
-    data = lib.load_data(write(tmp_path / "m.npz", npz(
-        **training_set(IMAGES / 60.0 - 2) | {"test_set": TEST / 60.0 - 2})))
-    before = data.test_images[1:3].copy()
+    the other file's range; images that reach outside, or plainly of another scale, are refused."""
+    first = write(tmp_path / "m.npz", npz(
+        **training_set(IMAGES / 60.0 - 2) | {"test_set": TEST / 60.0 - 2}))
     other = {"training_set": None, "test_set": TEST[1:3] / 60.0 - 2, "test_labels": None}
-    lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other)))
-    np.testing.assert_array_equal(data.test_images, before)
-    with pytest.raises(lib.UserError, match="not of one scale"):
-        lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST * 99})))
-    data = lib.load_data(tmp_path / "m.npz")
-    with pytest.raises(lib.UserError, match="outside"):
-        lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST / 9.0})))
+    data = lib.load_data(first, write(tmp_path / "t.npz", npz(**other)))
+    np.testing.assert_array_equal(data.test_images, lib.load_data(first).test_images[1:3])
+    with pytest.raises(lib.UserError, match="t.npz: the sets are not of one scale"):
+        lib.load_data(first, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST * 99})))
+    with pytest.raises(lib.UserError, match="t.npz: test_set reaches outside"):
+        lib.load_data(first, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST / 9.0})))
 
 
 def test_another_test_set_takes_the_place_of_the_first(tmp_path):
-    """Its images and labels, none where it has none; one of another size is refused."""
-    data = lib.load_data(write(tmp_path / "m.npz", npz()))
+    """Its images and labels, none where it has none; one of another size is refused, by name."""
+    first = write(tmp_path / "m.npz", npz())
     other = {"training_set": None, "test_set": TEST[:4] // 2, "test_labels": T["test_labels"][:4]}
-    lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other)))
+    data = lib.load_data(first, write(tmp_path / "t.npz", npz(**other)))
     np.testing.assert_array_equal(data.test_images, TEST[:4] // 2)
     np.testing.assert_array_equal(data.test_labels, T["test_labels"][:4])
-    lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other | {"test_labels": None})))
+    assert data.path == first and data.sha256 == lib.load_data(first).sha256
+    data = lib.load_data(first, write(tmp_path / "t.npz", npz(**other | {"test_labels": None})))
     assert data.test_labels is None
-    for wrong in (None, TEST[:, :16]):
-        with pytest.raises(lib.UserError, match="test_set"):
-            lib.load_test_set(data, write(tmp_path / "t.npz", npz(**other | {"test_set": wrong})))
+    for wrong in (None, TEST[:, :16], TEST[0]):
+        with pytest.raises(lib.UserError, match="t.npz: test_set"):
+            lib.load_data(first, write(tmp_path / "t.npz", npz(**other | {"test_set": wrong})))
 
 
 def test_fingerprint_by_hand(tmp_path):
