@@ -816,9 +816,8 @@ class Frames:
 # among the labels nearby over its share among all labels. A weight times it is added to the
 # log-probabilities; the weight is fitted out of fold. To fold k the labels of fold k are hidden.
 
-CELL = 8          # pixels
-REACH = 6         # cells over which a label's say fades; of 4, 6, 9 each was the best of some run
-RARE_REACH = 0.7  # cells: a rock says nothing of the next tile, except where the border cuts it
+CELL = 8        # pixels
+REACH = 1.5, 3  # cells downwards and across, as ground is foreshortened; a network sees the rest
 
 
 def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -831,21 +830,14 @@ def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def pool_frames(cells: np.ndarray, place: np.ndarray, reach: float) -> np.ndarray:
-    """Return for each cell the mean of its frame's cells (T, C, h, w) nearby, float32 (T, C, h, w).
-
-    Weights fall as exp(-distance / reach) downwards, half as fast across, since ground is
-    foreshortened; they sum to 1 over endless ground. A tile without a frame has 0.
-    """
-    def weights(count: int, reach: float) -> np.ndarray:
-        apart = np.abs(np.arange(count)[:, None] - np.arange(count))
-        return np.float32(np.exp(-apart / reach) * np.tanh(0.5 / reach))
-
-    inside = place[0] >= 0
+def pool_frames(cells: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return for each cell the mean of its frame's cells nearby, of float32 (T, C, h, w), weighted
+    by a Gaussian of REACH. A tile without a frame has 0."""
     canvas = frame_canvas(cells, place)
     f, c, rows, h, columns, w = canvas.shape
     flat = canvas.reshape(f, c, rows * h, columns * w)
-    flat = weights(rows * h, reach) @ flat @ weights(columns * w, 2 * reach)
+    flat = scipy.ndimage.gaussian_filter(flat, (0, 0, *REACH), mode="constant")
+    inside = place[0] >= 0
     frame, row, column = place[:, inside]
     pooled = np.zeros(cells.shape, np.float32)
     pooled[inside] = flat.reshape(canvas.shape)[frame, :, row, :, column]
@@ -869,7 +861,6 @@ def context_log_ratios(masks: np.ndarray, fold_of: np.ndarray, place: np.ndarray
     The overall shares count as a little ground nearby, so that few labels say little.
     Args: masks (N, H, W) of the first N tiles; fold_of (N,) of at least two folds; place (3, T).
     """
-    rare = rare_classes(masks)
     more = place.shape[1] - len(masks)  # test tiles, without labels
     shares = np.pad(class_cells(masks), ((0, more), (0, 0), (0, 0), (0, 0)))
     shares[:, 0] = 0
@@ -879,12 +870,9 @@ def context_log_ratios(masks: np.ndarray, fold_of: np.ndarray, place: np.ndarray
         seen = shares * (fold_of != fold)[:, None, None, None]
         total = seen.sum((0, 2, 3))[:, None, None]
         overall = total / max(total.sum(), 1) + 1e-6
-        ratios = np.zeros_like(seen)
-        for reach, classes in ((REACH, ~rare), (RARE_REACH, rare)):
-            near = pool_frames(seen, place, reach)
-            all_near = near.sum(1, keepdims=True)
-            ratio = (near + 0.02 * overall) / ((all_near + 0.02) * overall)
-            ratios[:, classes] = np.log(ratio)[:, classes]
+        near = pool_frames(seen, place)
+        all_near = near.sum(1, keepdims=True)
+        ratios = np.log((near + 0.02 * overall) / ((all_near + 0.02) * overall))
         ratios[:, 0] = 0
         return ratios
 
@@ -905,7 +893,7 @@ def apply_context(probs: np.ndarray, log_ratios: np.ndarray, weight: float) -> n
 
 def fit_context_weight(probs: np.ndarray, log_ratios: np.ndarray, masks: np.ndarray,
                        pmap=map) -> float:
-    """Return the weight, 0 to 2, of the best mean IoU of out-of-fold probs, bytes (N, C, H, W)."""
+    """Return the weight, 0 to 1, of the best mean IoU of out-of-fold probs, bytes (N, C, H, W)."""
     truth = masks[:, 2::4, 2::4]
     coarse = from_bytes(probs[..., 2::4, 2::4])
 
@@ -913,7 +901,7 @@ def fit_context_weight(probs: np.ndarray, log_ratios: np.ndarray, masks: np.ndar
         labels = apply_context(coarse, log_ratios, weight).argmax(1)
         return iou_scores(confusion_matrix(truth, labels))[0]
 
-    weights = (0, 0.5, 1, 1.5, 2)
+    weights = (0, 0.5, 1)  # 1.5 wins only as long as no threshold is applied
     scores = list(pmap(score, weights))
     best = int(np.argmax(scores))  # of equals the smaller weight
     print(f"frames: context weight {weights[best]}, out of fold {scores[0]:.4f} → "
@@ -2256,12 +2244,6 @@ class Ranks:
         torch.save(value, buffer)
         dist.all_gather_object(values, buffer.getvalue())
         return torch.load(io.BytesIO(values[source]), map_location="cpu", weights_only=True)
-
-    def gather(self, networks: list[TrainingState]) -> None:
-        """Give each network, finished by one of the ranks in turn, to all."""
-        for net, network in enumerate(networks):
-            own = network.state_dict() if net % self.world == self.rank else {}
-            network.load_state_dict(self.share(own, net % self.world))
 
 
 # --------------------------------------------------------------------------------- 13. checkpoints

@@ -332,7 +332,9 @@ def train_stage(run: Run, stage: int, data: StageInput,
     progress = lib.Progress(f"stage {stage}", mine, plan.epochs[stage - 1],
                             lambda: run.clock.minutes_until(plan.times[stage - 1][1]))
     lib.train_side_by_side(mine, advance, run.workers, progress)
-    ranks.gather(networks)
+    for net, network in enumerate(networks):  # each rank's to all
+        own = network.state_dict() if network in mine else {}
+        network.load_state_dict(ranks.share(own, net % ranks.world))
     run.histories |= {(stage, net): network.history for net, network in enumerate(networks)}
     models = [network.best_network() for network in networks]
     return [models[fold::plan.folds] for fold in range(plan.folds)]

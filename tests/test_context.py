@@ -17,17 +17,22 @@ def masks_of(*labels):
     return labels[:, None, None].repeat(16, 1).repeat(32, 2)
 
 
-def pool(values, t, reach):
+def gauss(apart, sigma):
+    """Return the weight of a cell so far away."""
+    whole = np.exp(-np.arange(-99, 100) ** 2 / (2 * sigma ** 2)).sum()
+    return np.exp(-apart ** 2 / (2 * sigma ** 2)) / whole
+
+
+def pool(values, t):
     """Return the mean around each cell of tile t, (C, h, w), of values (T, C, h, w), by loops."""
-    down, across = np.tanh(0.5 / reach), np.tanh(0.25 / reach)
+    down, across = lib.REACH
     _, h, w = values.shape[1:]
     out = np.zeros(values.shape[1:])
     for o in np.flatnonzero(PLACE[0] == PLACE[0, t]):
         for y, x, v, u in np.ndindex(h, w, h, w):
-            dy = abs(h * (PLACE[1, t] - PLACE[1, o]) + y - v)
-            dx = abs(w * (PLACE[2, t] - PLACE[2, o]) + x - u)
-            weight = down * across * np.exp(-dy / reach - dx / (2 * reach))
-            out[:, y, x] += weight * values[o, :, v, u]
+            dy = h * (PLACE[1, t] - PLACE[1, o]) + y - v
+            dx = w * (PLACE[2, t] - PLACE[2, o]) + x - u
+            out[:, y, x] += gauss(dy, down) * gauss(dx, across) * values[o, :, v, u]
     return out
 
 
@@ -41,12 +46,12 @@ def test_canvas_puts_tiles_where_they_lie():
 
 
 def test_pooling_counted_cell_by_cell():
-    """Each cell gets exp(-distance / reach) of every cell of its frame, half as steep across; a
-    tile alone gets nothing."""
+    """Each cell gets a Gaussian's share of every cell of its frame, wider across; a tile alone gets
+    nothing."""
     values = np.random.default_rng(1).random((105, 2, 2, 4)).astype(np.float32)
-    pooled = lib.pool_frames(values, PLACE, 3.0)
+    pooled = lib.pool_frames(values, PLACE)
     for t in (0, 1, 104):
-        np.testing.assert_allclose(pooled[t], pool(values, t, 3.0), rtol=1e-4)
+        np.testing.assert_allclose(pooled[t], pool(values, t), rtol=1e-3, atol=1e-4)
     assert not pooled[3].any()
 
 
@@ -54,10 +59,10 @@ def test_pooling_of_endless_ground_sums_to_one():
     """In the middle of a large frame of ones all cells weigh 1 together; at its edge, where half of
     the ground is missing, about a half."""
     place = np.array([[0] * 81, np.repeat(np.arange(9), 9), np.tile(np.arange(9), 9)])
-    pooled = lib.pool_frames(np.ones((81, 1, 8, 16), np.float32), place, 2.0)
+    pooled = lib.pool_frames(np.ones((81, 1, 8, 16), np.float32), place)
     np.testing.assert_allclose(pooled[40, 0], 1, atol=1e-4)
     # its own row, and those below
-    np.testing.assert_allclose(pooled[4, 0, 0, 8], (1 + np.tanh(0.25)) / 2, atol=1e-4)
+    np.testing.assert_allclose(pooled[4, 0, 0, 8], (1 + gauss(0, lib.REACH[0])) / 2, atol=1e-4)
 
 
 def test_log_ratios_counted_by_hand():
@@ -74,7 +79,7 @@ def test_log_ratios_counted_by_hand():
                 seen[tile, label] = masks[tile, ::8, ::8] == label
         overall = (seen.sum((0, 2, 3)) / seen.sum())[:, None, None] + 1e-6
         for tile in (0, 1, 104):
-            near = pool(seen, tile, lib.REACH)
+            near = pool(seen, tile)
             wanted = np.log((near + 0.02 * overall) / ((near.sum(0) + 0.02) * overall))
             np.testing.assert_allclose(ratios[fold, tile, 1:4:2], wanted[1:4:2], atol=1e-4)
     assert (ratios[:, :, 0] == 0).all()
@@ -83,13 +88,13 @@ def test_log_ratios_counted_by_hand():
 
 def test_a_rock_counts_across_the_border_only():
     """A neighbour to the right that is all rock makes rock likelier in the cells at that border, by
-    pooling within RARE_REACH, and less so in each cell further away."""
+    pooling within REACH, and less so in each cell further away."""
     masks = masks_of(1, 4, 1, 1)
     assert lib.rare_classes(masks).tolist() == [False] * 4 + [True]
     ratios = lib.context_log_ratios(masks, FOLD_OF, PLACE)[0, 0, 4]  # tile 0's own label is hidden
     seen = np.zeros((105, 2, 2, 4))
     seen[1, 1] = seen[2, 0] = 1
-    near, overall = pool(seen, 0, lib.RARE_REACH), 1 / 102 + 1e-6
+    near, overall = pool(seen, 0), 1 / 102 + 1e-6
     wanted = np.log((near[1] + 0.02 * overall) / ((near.sum(0) + 0.02) * overall))
     np.testing.assert_allclose(ratios, wanted, atol=1e-3)
     assert (ratios[:, -1] > 2).all() and (np.diff(ratios[0]) > 0.1).all()
@@ -121,13 +126,13 @@ def test_frames_tell_what_no_tile_shows():
 
 
 def test_the_weight_that_suits_is_fitted():
-    """Sand 200 : 55 against soil. Where soil is true the context says so by 1.0, where it is not by
-    0.7: ln(200/55) = 1.29 is passed by 1.5 · 1.0, and not by 1.5 · 0.7; of nothing it is 0."""
+    """Sand 200 : 55 against soil. Where soil is true the context says so by 2.8, where it is not by
+    2.4: ln(200/55) = 1.29 is passed by 0.5 · 2.8, and not by 0.5 · 2.4; of nothing it is 0."""
     probs, masks = np.zeros((2, 5, 8, 8), np.uint8), np.ones((2, 8, 8), np.uint8)
     probs[:, 3], probs[:, 1], masks[1] = 200, 55, 3
     ratios = np.zeros((2, 5, 1, 1), np.float32)
-    ratios[:, 1, 0, 0] = 1.0, 0.7
-    assert lib.fit_context_weight(probs, ratios, masks) == 1.5
+    ratios[:, 1, 0, 0] = 2.8, 2.4
+    assert lib.fit_context_weight(probs, ratios, masks) == 0.5
     assert lib.fit_context_weight(probs, 0 * ratios, masks) == 0
 
 
