@@ -115,7 +115,7 @@ def find_data_file(path: str | Path) -> Path:
     folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     there = best or [*sorted(folder.iterdir())[:12], *sorted(KAGGLE_INPUT.rglob("*.npz"))]
     fault = f"{len(best)} .npz files, name one" if best else "no such file, or no .npz in it"
-    raise UserError(f"--data {path}: {fault}; wanted is the competition's mars_for_students.npz, "
+    raise UserError(f"{path}: {fault}; wanted is the competition's mars_for_students.npz, "
                     f"there is {', '.join(map(str, there[:18])) or 'nothing'}")
 
 
@@ -169,9 +169,11 @@ def load_data(path: str | Path, other: str = "") -> Data:
         arrays = read_npz(test_path, "test_set")
         check_shape(f"{test_path}: test_set", arrays["test_set"], (0, *train.shape[2:]))
         sets["test_set"] = arrays["test_set"]
-        if common_scale(test_path, sets) != scale:  # the networks have learnt that of the first
-            raise UserError(f"{test_path}: test_set reaches outside {scale}, the scale of {path}; "
-                            "map it to that, np.clip what little is outside")
+        ends = {f"the scale of {path}": np.array(scale)[:, None, None]}
+        low, high = common_scale(test_path, ends | {"test_set": arrays["test_set"]})
+        if high - low > 1.1 * (scale[1] - scale[0]):  # a little more is clipped
+            raise UserError(f"{test_path}: test_set reaches far outside {scale}, the scale of "
+                            f"{path} that the networks have learnt; map it to that")
     images, test_images = (to_uint8(x, scale) for x in sets.values())
     sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     data = Data(path, sha256, images, masks, test_images,
@@ -789,13 +791,15 @@ class Frames:
     def join(self, frames: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Return frames of one size, (B, C, rows · H, columns · W), of all tiles' values
         (T, C, H, W), mirrored where a tile is missing."""
-        h, w = values.shape[2:]
         rows, columns = self.size[frames[0]].tolist()
-        index = torch.from_numpy(frames)
-        corner = torch.zeros_like(index)
-        pixels, _ = self.pixels(index, corner, corner, (rows * h, columns * w), (h, w))
-        pixels = pixels.numpy()
-        return values[pixels // (h * w), :, pixels // w % h, pixels % w].transpose(0, 3, 1, 2)
+        inside = torch.from_numpy(frames), slice(1, rows + 1), slice(1, columns + 1)
+        tables = self.tile_at, self.upside_down, self.left_right
+        tiles, upside_down, left_right = (table[inside].numpy() for table in tables)
+        cells = values[tiles]  # (B, rows, columns, C, H, W)
+        cells[upside_down] = cells[upside_down][..., ::-1, :]
+        cells[left_right] = cells[left_right][..., ::-1]
+        b, _, _, c, h, w = cells.shape
+        return cells.transpose(0, 3, 1, 4, 2, 5).reshape(b, c, rows * h, columns * w)
 
     def split(self, frames: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the tiles that lie in frames of one size, (K,), and their parts (K, C, H, W) of
@@ -831,8 +835,8 @@ def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def pool_frames(cells: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return for each cell the mean of its frame's cells nearby, of float32 (T, C, h, w), weighted
-    by a Gaussian of REACH. A tile without a frame has 0."""
+    """Return for each cell its frame's cells nearby, float32 (T, C, h, w), weighted by a Gaussian
+    of REACH and added up; the weights sum to 1. Without a frame, or a tile there, it is 0."""
     canvas = frame_canvas(cells, place)
     f, c, rows, h, columns, w = canvas.shape
     flat = canvas.reshape(f, c, rows * h, columns * w)
@@ -901,7 +905,7 @@ def fit_context_weight(probs: np.ndarray, log_ratios: np.ndarray, masks: np.ndar
         labels = apply_context(coarse, log_ratios, weight).argmax(1)
         return iou_scores(confusion_matrix(truth, labels))[0]
 
-    weights = (0, 0.5, 1)  # 1.5 wins only as long as no threshold is applied
+    weights = (0, 0.5, 1)  # 1.5 wins here, but not where whole frames are decided
     scores = list(pmap(score, weights))
     best = int(np.argmax(scores))  # of equals the smaller weight
     print(f"frames: context weight {weights[best]}, out of fold {scores[0]:.4f} → "
@@ -1233,9 +1237,9 @@ def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
     for c in np.flatnonzero(peaks) if peaks is not None else ():
         own = labels == c
         sure = own & (probs[:, c] >= peaks[c])
-        sure = scipy.ndimage.binary_propagation(sure, IN_ONE_IMAGE, own)
-        weighted[:, c][own & ~sure] = -1
-        labels = weighted.argmax(1)
+        gone = own & ~scipy.ndimage.binary_propagation(sure, IN_ONE_IMAGE, own)
+        weighted[:, c][gone] = -1
+        labels[gone] = weighted.transpose(0, 2, 3, 1)[gone].argmax(1)
     return labels.astype(np.uint8)
 
 
@@ -2311,12 +2315,12 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
     try:
         state.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(state, ranks.rank)
-        if ranks.share(identity) != identity:  # nothing is thrown away that another run has locked
+        if ranks.share(identity) != identity:
             raise UserError("torchrun: the processes have different data or options")
+        ranks.share({})  # nothing is thrown away that another run has locked, or that differs
         for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():
             for old in state.glob(pattern):  # nothing but our own
                 old.unlink(missing_ok=True)
-        ranks.share({})  # in a common folder all has gone before anything is written
         before = read_json(state / "identity.json")
         for key in {**before, **identity} if before else ():
             if before.get(key) != identity.get(key):
@@ -2326,6 +2330,7 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
         if not before and any(state.glob("stage*.pt")):
             raise UserError(f"{state}: networks without their identity.json; put it back, or "
                             "begin anew with --fresh")
+        ranks.share({})  # nothing is written before all have thrown away, and looked
         write_json(state / "identity.json", identity)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "

@@ -76,7 +76,7 @@ class Config:
     most_epochs: int = 96         # of stage 1; of 200 only common classes gain
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
-    factors: tuple = (1, 0.5, 2, 4)  # tried on rare classes' probabilities; (1,): as they are
+    factors: tuple = (1.0, 0.5, 2.0, 4.0)  # one of them for the rare classes' probabilities
     half_sized: float = 2 / 3     # of stage 1's epochs, the first ones, on images of half the side
     shuffle: int = 2              # side of the blocks of pixels that the network takes as one
     global_context: bool = True   # the bottleneck sees the mean of the whole image
@@ -89,7 +89,7 @@ RECIPES = {"best": {}, "paper": dict(
     folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, second_epochs=0.2, gamma=3.0,
     alpha=0.25, oversample=1, copy_paste=0.25, patience=25, ema_decay=0.0, first_class=0,
     refine="background", monitor="loss", geometric=(0.2, 0.2, 60.0), flip_vertical=True, tta=False,
-    most_epochs=300, weight_decay=0.0, cooldown=0.0, factors=(1,), half_sized=0.0,
+    most_epochs=300, weight_decay=0.0, cooldown=0.0, factors=(1.0,), half_sized=0.0,
     shuffle=1, global_context=False, level_weights=(0.2, 0.3, 0.5))}
 
 
@@ -466,7 +466,7 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     n, first = len(data.masks), run.cfg.first_class
     own = probs[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
     fitted = run.is_rare & (len(run.cfg.factors) > 1 and len(probs) > 1)
-    candidates = np.where(fitted, np.array(run.cfg.factors)[:, None], 1)
+    candidates = np.where(fitted, np.array(run.cfg.factors)[:, None], 1.0)
     # a part must somewhere be that sure; means of several networks never are as sure as one
     peaks, test_peaks = fitted * (0.8 if run.plan.seeds == 1 else 0.5), fitted * 0.5
     labels, factors = lib.decide_out_of_fold(probs, data.masks, frames, run.fold_of, candidates,
@@ -543,7 +543,7 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
         del identity[key]  # may change when a run goes on
     state, lock = lib.open_state(lib.user_path(cfg.out), identity, cfg.fresh, ranks)
     lib.note_code(state, lib.__file__, globals().get("__file__"))
-    clock = lib.Clock(state / "clock.json", np.inf if cfg.test else cfg.max_hours)
+    clock = lib.Clock(state / "clock.json", cfg.max_hours)
     devices, reason = lib.pick_devices(cfg.device)
     helpers = lib.Workers([torch.device("cpu")], cores, 1, clock)
     if cfg.clean:

@@ -54,10 +54,10 @@ sys.exit(solve.main(argv))
     return file
 
 
-def begin(data, out, launch, script=ROOT / "solve.py"):
+def begin(data, out, launch, script=ROOT / "solve.py", flags=()):
     """Start a run of four networks a stage by torchrun, launched with such options."""
     command = [sys.executable, "-m", "torch.distributed.run", *launch, str(script), "--data",
-               str(data), "--out", str(out), *TINY, *FOUR_NETWORKS]
+               str(data), "--out", str(out), *TINY, *FOUR_NETWORKS, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -144,13 +144,16 @@ def test_two_nodes_without_a_common_folder(tmp_path, data, alone):
 @pytest.mark.slow
 def test_other_options_of_another_process_are_refused(tmp_path, data, script, monkeypatch):
     """Two processes, one with another seed: all ends soon, with a status and a sentence, and
-    nothing is begun."""
+    nothing is begun or, in spite of --fresh, deleted."""
     monkeypatch.setenv("SEEDS", "01")
-    agent = begin(data, tmp_path / "out", TWO_PROCESSES, script)
+    old = tmp_path / "out" / "state" / "stage1_fold0.pt"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"old")
+    agent = begin(data, tmp_path / "out", TWO_PROCESSES, script, ["--fresh"])
     _, complained = agent.communicate(timeout=60)
     assert agent.returncode != 0
     assert "solve.py: torchrun: the processes have different data or options" in complained
-    assert not (tmp_path / "out" / "state" / "identity.json").exists()
+    assert [file.name for file in old.parent.glob("*.*")] == [old.name]
 
 
 def test_alone_nothing_is_joined():

@@ -391,7 +391,7 @@ def test_the_paper_recipe_is_the_published_one():
                 alpha=0.25, level_weights=(0.2, 0.3, 0.5), geometric=(0.2, 0.2, 60.0), stages=2,
                 flip_vertical=True, first_class=0, refine="background", monitor="loss",
                 ema_decay=0.0, tta=False, weight_decay=0.0, cooldown=0.0, half_sized=0.0,
-                oversample=1, shuffle=1, global_context=False, factors=(1,), frames=False)
+                oversample=1, shuffle=1, global_context=False, factors=(1.0,), frames=False)
     assert {name: getattr(cfg, name) for name in want} == want and cfg.jitter > 0
     for argv in (["--folds", "5", "--recipe", "paper"], ["--recipe", "paper", "--folds", "5"]):
         assert (solve.parse(argv).folds, solve.parse(argv).gamma) == (5, 3.0)
