@@ -172,8 +172,7 @@ def load_data(path: str | Path, other: str = "") -> Data:
         ends = {f"the scale of {path}": np.array(scale)[:, None, None]}
         low, high = common_scale(test_path, ends | {"test_set": arrays["test_set"]})
         if high - low > 1.1 * (scale[1] - scale[0]):  # a little more is clipped
-            raise UserError(f"{test_path}: test_set reaches far outside {scale}, the scale of "
-                            f"{path} that the networks have learnt; map it to that")
+            raise UserError(f"{test_path}: test_set reaches far outside {scale}, the scale of {path}")
     images, test_images = (to_uint8(x, scale) for x in sets.values())
     sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     data = Data(path, sha256, images, masks, test_images,
@@ -820,8 +819,8 @@ class Frames:
 # among the labels nearby over its share among all labels. A weight times it is added to the
 # log-probabilities; the weight is fitted out of fold. To fold k the labels of fold k are hidden.
 
-CELL = 8        # pixels
-REACH = 1.5, 3  # cells downwards and across, as ground is foreshortened; a network sees the rest
+CELL = 8     # pixels
+REACH = 1.5  # cells: the standard deviation of a label's say; further off the network itself sees
 
 
 def frame_canvas(tiles: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -840,7 +839,7 @@ def pool_frames(cells: np.ndarray, place: np.ndarray) -> np.ndarray:
     canvas = frame_canvas(cells, place)
     f, c, rows, h, columns, w = canvas.shape
     flat = canvas.reshape(f, c, rows * h, columns * w)
-    flat = scipy.ndimage.gaussian_filter(flat, (0, 0, *REACH), mode="constant")
+    flat = scipy.ndimage.gaussian_filter(flat, (0, 0, REACH, REACH), mode="constant")
     inside = place[0] >= 0
     frame, row, column = place[:, inside]
     pooled = np.zeros(cells.shape, np.float32)
@@ -2208,8 +2207,7 @@ def average_runs(folders: list[str], first_class: int = 1) -> np.ndarray:
     probs = mean_of_folds(np.stack([run["test"] for run in runs]))
     factors, peaks = np.mean([run["thresholds"] for run in runs], 0)
     frames = Frames.lay_out(runs[0]["place"][:, -len(probs):], len(probs))  # without training tiles
-    every = np.ones(len(probs), bool)
-    return cleaned_labels(probs, frames, every, factors, first_class, peaks)
+    return cleaned_labels(probs, frames, np.ones(len(probs), bool), factors, first_class, peaks)
 
 
 def describe_test(labels: np.ndarray, probs: np.ndarray, truth: np.ndarray | None) -> dict:

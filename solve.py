@@ -527,7 +527,7 @@ def load(cfg: Config) -> tuple[Config, lib.Data]:
     if data.path.name == "sample.npz":
         print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
-            cfg = replace(cfg, max_hours=0.036)
+            cfg = replace(cfg, max_hours=0.035)
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
         cfg = replace(cfg, half_sized=0.0)
     print("\n".join(lib.describe(data)), flush=True)
