@@ -172,7 +172,7 @@ def load_data(path: str | Path, other: str = "") -> Data:
         ends = {f"the scale of {path}": np.array(scale)[:, None, None]}
         low, high = common_scale(test_path, ends | {"test_set": arrays["test_set"]})
         if high - low > 1.1 * (scale[1] - scale[0]):  # a little more is clipped
-            raise UserError(f"{test_path}: test_set reaches far outside {scale}, the scale of {path}")
+            raise UserError(f"{test_path}: test_set lies far outside {scale}, the scale of {path}")
     images, test_images = (to_uint8(x, scale) for x in sets.values())
     sha256 = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
     data = Data(path, sha256, images, masks, test_images,

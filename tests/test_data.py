@@ -309,7 +309,7 @@ def test_another_test_set_is_of_the_first_ones_scale(tmp_path):
     assert len(data.test_images) == 2
     with pytest.raises(lib.UserError, match="t.npz: the sets are not of one scale"):
         lib.load_data(first, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST * 99})))
-    with pytest.raises(lib.UserError, match="t.npz: test_set reaches far outside"):
+    with pytest.raises(lib.UserError, match="t.npz: test_set lies far outside"):
         lib.load_data(first, write(tmp_path / "t.npz", npz(**other | {"test_set": TEST / 9.0})))
 
 
