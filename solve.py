@@ -368,7 +368,7 @@ def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float
         second = later * trained * workers / speed
         tile = (task.height * task.width) / ((task.height + padding) * (task.width + padding))
         views = seeds * cfg.stages * (1 + cfg.tta)
-        predict = task.area * folds * (0.3 * views * tile / speed + 4e-3 / task.cores)
+        predict = task.area * folds * (0.3 * views * tile / speed + 5e-3 / task.cores)
         predict *= 1.4  # the machine may be busier then
         training = max(1.0, 0.97 * seconds - predict)
         cost = whole * (1 - (1 - half) * cfg.half_sized)  # of an epoch, and its share of stage 2
