@@ -2181,12 +2181,12 @@ def count_plateaus(figures: list[float], patience: int) -> int:
 
 
 def warn_of_chance(miou: float, masks: np.ndarray) -> None:
-    """Say what it usually means if a score is hardly above that of the best constant answer."""
+    """Say what it usually means if a score is hardly above that of guesses or of one class."""
     shares = np.bincount(masks[masks > 0], minlength=NUM_CLASSES) / (masks > 0).sum()
-    constant = shares.max() / (shares > 0).sum()
-    if not miou > 1.5 * constant:
-        warn(f"warning: out of fold the networks score {miou:.3f}, one class alone {constant:.3f}: "
-             "are the labels those of these images, in the same order? If so, train for longer")
+    chance = max(shares.max(), (shares / (2 - shares)).sum()) / (shares > 0).sum()
+    if not miou > 1.5 * chance:
+        warn(f"warning: out of fold the networks score {miou:.3f}, guesses {chance:.3f}: are the "
+             "labels those of these images, in the same order? If so, train for longer")
 
 
 def load_networks(folder: str | Path) -> dict[str, UNet]:

@@ -823,7 +823,7 @@ def test_a_score_of_chance_is_said(capsys):
     assert capsys.readouterr().out == ""
     for score in (0.5, float("nan")):
         lib.warn_of_chance(score, masks)
-        assert "one class alone 0.375" in capsys.readouterr().out
+        assert "guesses 0.375" in capsys.readouterr().out
 
 
 def test_plateaus_by_hand():

@@ -46,7 +46,7 @@ def test_a_pasted_cell_may_run_twice_and_knows_no_kernel_argument(executed):
     """The last line runs main([]): it looks for the default data, not for the kernel's -f file.
     Here there is none: one sentence, no SystemExit or traceback, the second time as the first."""
     first, again = executed[1]["paste"], executed[1]["paste again"]
-    assert first["stderr"].startswith("solve.py: --data data: no such file, or no .npz")
+    assert first["stderr"].startswith("solve.py: data: no such file, or no .npz")
     assert first["stderr"].count("\n") == 1 and again["stderr"].count("\n") == 1
     assert first["stderr"].split(";")[0] == again["stderr"].split(";")[0]
 
