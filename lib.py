@@ -396,7 +396,7 @@ class Features:
         """Return how many of an image's points one affine map carries to their partners."""
         points = self.points[one, first], self.points[other, second]
         warp, fits = cv2.estimateAffine2D(*points, ransacReprojThreshold=2, maxIters=100)
-        if warp is None:
+        if warp is None or fits.sum() < LINKED:
             return 0
         long, short = np.linalg.svd(warp[:, :2], compute_uv=False)
         fitting = [side[fits[:, 0] > 0] for side in points]
@@ -1478,7 +1478,9 @@ class Clock:
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit = path, max(1.0, max_hours * 3600)
         self.start = self.saved = time.monotonic()
-        self.before = float(read_json(path).get("seconds") or 3.0)  # importing torch takes three
+        seconds = read_json(path).get("seconds")
+        # importing torch takes three
+        self.before = float(seconds) if isinstance(seconds, (int, float)) else 3.0
 
     def used(self) -> float:
         return self.before + time.monotonic() - self.start
@@ -2056,16 +2058,6 @@ def evaluate(model: UNet, batches, dtype: torch.dtype, first_class: int, criteri
             "confusion": confusion.tolist()}
 
 
-def fused(model: UNet) -> UNet:
-    """Return a copy for prediction alone, whose batch norms are part of the convolutions."""
-    model = copy.deepcopy(model).eval()
-    for block in (*model.encoder, *model.decoder):
-        for i in (0, 3):
-            block[i] = nn.utils.fusion.fuse_conv_bn_eval(block[i], block[i + 1])
-            block[i + 1] = nn.Identity()
-    return model.to(memory_format=torch.channels_last)
-
-
 @torch.inference_mode()
 def predict_probs(models: list[UNet], x: torch.Tensor, dtype: torch.dtype,
                   tta: bool) -> torch.Tensor:
@@ -2092,14 +2084,13 @@ def predict_unseen(stage: list[list[UNet]], data: StageInput, dtype: torch.dtype
     fold_of, device, rim = data.fold_of.cpu().numpy(), data.images.device, data.rim
     most_tiles = 64 if device.type == "cpu" else 256  # at once
     probs = np.zeros((len(stage), len(fold_of), NUM_CLASSES, *data.images.shape[1:]), np.uint8)
-    fused_stage = [[fused(model) for model in models] for models in stage]
 
     def predict_frames(part: tuple[int, np.ndarray]) -> None:
         fold, frames = part
 
         def batch_probs(batch: torch.Tensor) -> torch.Tensor:
             x = data.whole_frames(batch, fold)
-            means = predict_probs(fused_stage[fold], x, dtype, tta)
+            means = predict_probs(stage[fold], x, dtype, tta)
             height, width = means.shape[2:]
             return to_bytes(means[..., rim:height - rim, rim:width - rim])
 

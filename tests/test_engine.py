@@ -216,7 +216,8 @@ def test_freed_memory_is_kept():
 
 def test_the_clock_counts_all_starts(tmp_path, monkeypatch):
     """Two starts of 100 s each have used them both, and the 3 s of the first import; it is written
-    every ten seconds; a full disk stops no clock; the least limit is a second."""
+    every ten seconds; a full disk stops no clock; the least limit is a second; what is no number
+    counts as a first start."""
     now = [50.0]
     monkeypatch.setattr(lib.time, "monotonic", lambda: now[0])
     for used in (103, 203):
@@ -227,6 +228,8 @@ def test_the_clock_counts_all_starts(tmp_path, monkeypatch):
         now[0] += 91
         clock.save_now_and_then()
         assert clock.used() == used and lib.read_json(clock.path) == {"seconds": used}
+    lib.write_json(tmp_path / "other.json", {"seconds": "soon"})
+    assert lib.Clock(tmp_path / "other.json", 1).used() == 3
     now[0] += 11
     monkeypatch.setattr(os, "fsync", refuse_everything)
     clock.save_now_and_then()
@@ -896,9 +899,9 @@ def test_probabilities_by_hand(tta):
 
 @pytest.mark.parametrize("rim", [0, 3])
 def test_whole_frames_are_predicted(rim):
-    """What the networks of a fold say of two tiles side by side comes again, fused with their batch
-    norms, from their frame, mirrored around by hand, and cut in two; fold 2 has tile 8 there.
-    Background's share is 0, and so are all of the tiles of other folds' frames."""
+    """What the networks of a fold say of two tiles side by side comes again from their frame,
+    mirrored around by hand, and cut in two; fold 2 has tile 8 there. Background's share is 0, and
+    so are all of the tiles of other folds' frames."""
     torch.manual_seed(0)
     data = dataclasses.replace(stage_input(), rim=rim, mean=127.5, std=50.0)
     data.fold_of[:8] = 0
