@@ -493,8 +493,8 @@ def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, 
         decided = {"index": found["index"].tolist()}
         write_json(state / "cleaned.json", decided)
     index = np.array(ranks.share(decided)["index"], np.int64)
-    print(f"cleaning: {len(index)} of {len(data.images)} training images are outliers "
-          f"({state.parent / 'outliers.csv'}), {time.monotonic() - start:.0f} s", flush=True)
+    say(f"cleaning: {len(index)} of {len(data.images)} training images are outliers "
+        f"({state.parent / 'outliers.csv'}), {time.monotonic() - start:.0f} s")
     data.images = np.delete(data.images, index, 0)
     data.masks = np.delete(data.masks, index, 0)
 
@@ -708,8 +708,8 @@ def find_frames(data: Data, state: Path, device: torch.device, ranks: Ranks,
         save_checkpoint(path, found)
     place = ranks.share(found)["place"].numpy()
     placed = 100 * np.mean(place[0] >= 0)
-    print(f"frames: {placed:.0f} % of {place.shape[1]} tiles put back into {place[0].max() + 1} "
-          f"frames, {time.monotonic() - start:.0f} s", flush=True)
+    say(f"frames: {placed:.0f} % of {place.shape[1]} tiles put back into {place[0].max() + 1} "
+        f"frames, {time.monotonic() - start:.0f} s")
     return place if place[0].max() >= 0 else None
 
 
@@ -907,8 +907,8 @@ def fit_context_weight(probs: np.ndarray, log_ratios: np.ndarray, masks: np.ndar
     weights = (0, 0.5, 1)  # 1.5 wins here, but not where whole frames are decided
     scores = list(pmap(score, weights))
     best = int(np.argmax(scores))  # of equals the smaller weight
-    print(f"frames: context weight {weights[best]}, out of fold {scores[0]:.4f} → "
-          f"{scores[best]:.4f} on a part of the pixels", flush=True)
+    say(f"frames: context weight {weights[best]}, out of fold {scores[0]:.4f} → "
+        f"{scores[best]:.4f} on a part of the pixels")
     return weights[best]
 
 
@@ -2021,9 +2021,8 @@ class Progress:
             figures = (f"loss {np.mean(losses):.4f}  score {pooled:.4f} ({np.mean(scores):.4f} ± "
                        f"{np.std(scores):.4f}){''.join(classes)}")
             if self.bar is None:
-                with contextlib.suppress(OSError):  # as of a full disk: training goes on
-                    print(f"{self.title}  epoch {self.shown}/{self.epochs}  {figures}  "
-                          f"at most {self.minutes_left():.1f} min left", flush=True)
+                say(f"{self.title}  epoch {self.shown}/{self.epochs}  {figures}  at most "
+                    f"{self.minutes_left():.1f} min left")
             else:
                 self.bar.set_postfix_str(figures, refresh=False)
                 self.bar.update()
@@ -2148,16 +2147,31 @@ def going_on(metrics: dict):
     try:
         yield
     except Exception as error:
-        traceback.print_exc()
+        if isinstance(error, (UserError, OSError)):  # no mistake in the code: a sentence will do
+            warn(f"going on without a step: {error}")
+        else:
+            traceback.print_exc()
         metrics["degraded"] = f"{type(error).__name__}: {error}"
+
+
+def say(*words) -> None:
+    """Print a line; where nobody reads any more (a closed pipe, a log on a full disk) the run goes
+    on without a word."""
+    try:
+        print(*words, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError, AttributeError):  # what is pending goes nowhere too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(message: str) -> None:
     """Print a warning of this process, with its number if it is another than the first."""
     rank = os.environ.get("RANK", "0")
-    prefix, stream = ("", sys.stdout) if rank == "0" else (f"rank {rank}: ", sys.stderr)
-    with contextlib.suppress(OSError):  # the log is on the full disk too
-        print(prefix + message, file=stream, flush=True)
+    if rank == "0":
+        say(message)
+        return
+    with contextlib.suppress(OSError):
+        print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def count_plateaus(figures: list[float], patience: int) -> int:
@@ -2324,7 +2338,7 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
                         "folder") from None
-    print(f"{'going on with the' if before else 'a new'} run in {out}")
+    say(f"{'going on with the' if before else 'a new'} run in {out}")
     return state, lock
 
 
@@ -2421,7 +2435,7 @@ def submit(file: Path, labels: np.ndarray, first_class: int) -> None:
     with (atomic_write(zipped) as f,
           zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive):
         archive.write(file, file.name)
-    print(f"submission: {file}, {len(labels)} rows, checked")
+    say(f"submission: {file}, {len(labels)} rows, checked")
 
 
 # -------------------------------------------------------------------------------------- 15. report

@@ -477,8 +477,8 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     scores["factors"] = factors.tolist()
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
     run.steps.append(Step(name, labels, own, tests[n:], mean[n:], (factors, test_peaks)))
-    print(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
-          f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}", flush=True)
+    lib.say(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
+            f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}")
 
 
 def add_context(run: Run, probs: np.ndarray) -> np.ndarray | None:
@@ -508,7 +508,7 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
     ones, and correct common classes: rare ones were seen too often by then."""
     go = any(run.state.glob("stage2*")) or (stage_progress(run, 2) < 0.8 and not run.cfg.test)
     if not run.ranks.share({"go": go})["go"]:
-        print("no stage 2: the time is up", flush=True)
+        lib.say("no stage 2: the time is up")
         return
     second = second_input(run, probs, log_ratios)
     networks = train_stage(run, 2, second, first if run.cfg.refine == "correct" else None)
@@ -521,16 +521,16 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
 
 def load(cfg: Config) -> tuple[Config, lib.Data]:
     """Return the data, with the test set of --test if there is one, and what follows for cfg."""
-    if cfg.test and not (lib.user_path(cfg.out) / "metrics.json").exists():
-        raise UserError(f"--test: first finish the run in {cfg.out}, without --test")
+    if cfg.test and (cfg.fresh or not (lib.user_path(cfg.out) / "metrics.json").exists()):
+        raise UserError(f"--test: first finish the run in {cfg.out}, without --test or --fresh")
     data = lib.load_data(cfg.data, cfg.test)
     if data.path.name == "sample.npz":
-        print(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
+        lib.say(f"THIS IS THE EMBEDDED SAMPLE {data.path}: put mars_for_students.npz beside it")
         if cfg.max_hours == Config.max_hours:  # a demonstration, unless the flag says otherwise
             cfg = replace(cfg, max_hours=0.035)
     if min(data.images.shape[1:]) < 64:  # half of that is too little: a 16th of it is nothing
         cfg = replace(cfg, half_sized=0.0)
-    print("\n".join(lib.describe(data)), flush=True)
+    lib.say("\n".join(lib.describe(data)))
     return cfg, data
 
 
@@ -541,10 +541,10 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     identity = {"data_sha256": data.sha256, **asdict(cfg)}
     for key in ("data", "out", "test", "save_probs", "fresh", "max_hours", "device"):
         del identity[key]  # may change when a run goes on
+    devices, reason = lib.pick_devices(cfg.device)
     state, lock = lib.open_state(lib.user_path(cfg.out), identity, cfg.fresh, ranks)
     lib.note_code(state, lib.__file__, globals().get("__file__"))
     clock = lib.Clock(state / "clock.json", cfg.max_hours)
-    devices, reason = lib.pick_devices(cfg.device)
     helpers = lib.Workers([torch.device("cpu")], cores, 1, clock)
     if cfg.clean:
         lib.clean_data(data, state, cfg.template, cfg.seed, ranks, helpers.map)
@@ -556,7 +556,7 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     gpus = len(devices) if devices[0].type == "cuda" else 0
     if ranks.rank == 0 and not (state / "plan.json").exists():  # else it is kept
         dtype, why = lib.pick_precision(devices[0], cfg.precision)
-        print(f"device: {', '.join(map(str, devices))} ({reason}); {dtype} ({why})", flush=True)
+        lib.say(f"device: {', '.join(map(str, devices))} ({reason}); {dtype} ({why})")
         run.plan = Plan(str(dtype).removeprefix("torch."))
         holds_rare = run.is_rare[data.masks].any((1, 2)).mean()
         frames = lib.Frames.lay_out(place, len(data.images) + len(data.test_images))
@@ -571,9 +571,9 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     run.workers = lib.Workers(devices, count, plan.threads, clock)
     run.fold_of = lib.make_folds(data.images, data.masks, plan.folds, cfg.seed)
     run.tiles = first_input(run)
-    print(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, context "
-          f"padding {plan.padding}, {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, "
-          f"{plan.speed:.0f} images a second", flush=True)
+    lib.say(f"plan: {plan.folds} folds × {plan.seeds} seeds, width {plan.width}, context "
+            f"padding {plan.padding}, {plan.epochs[0]} + {plan.epochs[1]} epochs, {count} workers, "
+            f"{plan.speed:.0f} images a second")
     return run
 
 
@@ -598,7 +598,7 @@ def write_outputs(run: Run, best: Step) -> None:
             lib.write_report(out, metrics, run.histories, facts, data, run.fold_of >= 0, labels,
                              lib.from_bytes(best.probs.max(1)), run.place, best.tests, run.is_rare)
     lib.write_json(out / f"metrics{suffix}.json", metrics)
-    print("written:", *sorted(map(str, out.glob("*.*"))))
+    lib.say("written:", *sorted(map(str, out.glob("*.*"))))
 
 
 def solve(cfg: Config, cores: int = 1) -> dict:
@@ -638,7 +638,7 @@ def main(argv: list[str]) -> int:
             torch.set_num_threads(cores)
         for key, value in metrics.items():
             if not key.endswith("confusion"):
-                print(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
+                lib.say(f"{key}: {f'{value:.4f}' if isinstance(value, float) else value}")
         return 3 if "degraded" in metrics else 0
 
     return lib.run_command(command)

@@ -404,3 +404,32 @@ def test_beside_busy_processes(tmp_path):
         for other in others:
             other.kill()
             other.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(38, 50)
+@pytest.mark.parametrize("reader", ["gone", "full"])
+def test_nobody_reads_what_is_printed(data, tmp_path, reader):
+    """A closed pipe, or a log on a full disk, costs the lines alone: there is a submission."""
+    if reader == "full" and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    child = kit.start(data, tmp_path / "out", *PLAIN)
+    if reader == "full":
+        child.kill()
+        child.communicate()
+        with open("/dev/full", "w") as full:
+            child = subprocess.Popen(child.args, stdout=full, stderr=subprocess.PIPE, text=True)
+    else:
+        assert child.stdout.readline()
+        child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(60) == 0
+    assert submission(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [("--device", "cuda:77"), ("--test", "mars.npz")])
+def test_a_mistake_beside_fresh_deletes_nothing(finished_copy, flags):
+    """--fresh with a device that is not there, or with --test, leaves the finished run as it is."""
+    state = finished_copy / "out" / "state"
+    before = sorted(path.name for path in state.glob("*.pt"))
+    refused(finished_copy / "mars.npz", finished_copy / "out", "--fresh", *flags, says=[flags[0]])
+    assert before == sorted(path.name for path in state.glob("*.pt")) and before
