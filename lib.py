@@ -481,8 +481,8 @@ def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, 
     """Take the outliers out of data's images and masks; outliers.csv beside state says why. It is
     decided once: a run that goes on trains on the same images."""
     start = time.monotonic()
-    decided = read_json(state / "cleaned.json")
-    if ranks.rank == 0 and not decided:
+
+    def decide() -> dict:
         example = cv2.imread(template, cv2.IMREAD_GRAYSCALE) if template else None
         if template and example is None:
             raise UserError(f"--template {template}: not a picture that OpenCV can read")
@@ -490,9 +490,9 @@ def clean_data(data: Data, state: Path, template: str, seed: int, ranks: Ranks, 
                               pmap=pmap)
         with atomic_write(state.parent / "outliers.csv") as f:
             f.write(found.to_csv(index=False).encode())
-        decided = {"index": found["index"].tolist()}
-        write_json(state / "cleaned.json", decided)
-    index = np.array(ranks.share(decided)["index"], np.int64)
+        return {"index": found["index"].tolist()}
+
+    index = np.array(once(state / "cleaned.pt", ranks, decide)["index"], np.int64)
     say(f"cleaning: {len(index)} of {len(data.images)} training images are outliers "
         f"({state.parent / 'outliers.csv'}), {time.monotonic() - start:.0f} s")
     data.images = np.delete(data.images, index, 0)
@@ -700,13 +700,13 @@ def find_frames(data: Data, state: Path, device: torch.device, ranks: Ranks,
     start = time.monotonic()
     tiles = np.concatenate([data.images, data.test_images])
     digest = hashlib.sha256(tiles).hexdigest()
-    path = state / f"frames_{digest[:12]}.pt"  # another test set has frames of its own
-    found = load_checkpoint(path)
-    if ranks.rank == 0 and found is None:
+
+    def find() -> dict:
         own_map = map if device.type == "cuda" else pmap  # a GPU has threads enough
-        found = {"place": torch.from_numpy(assemble_frames(tiles, device, own_map))}
-        save_checkpoint(path, found)
-    place = ranks.share(found)["place"].numpy()
+        return {"place": torch.from_numpy(assemble_frames(tiles, device, own_map))}
+
+    path = state / f"frames_{digest[:12]}.pt"  # another test set has frames of its own
+    place = once(path, ranks, find)["place"].numpy()
     placed = 100 * np.mean(place[0] >= 0)
     say(f"frames: {placed:.0f} % of {place.shape[1]} tiles put back into {place[0].max() + 1} "
         f"frames, {time.monotonic() - start:.0f} s")
@@ -1477,10 +1477,14 @@ class Clock:
 
     def __init__(self, path: Path, max_hours: float):
         self.path, self.limit = path, max(1.0, max_hours * 3600)
-        self.start = self.saved = time.monotonic()
-        seconds = read_json(path).get("seconds")
-        # importing torch takes three
-        self.before = float(seconds) if isinstance(seconds, (int, float)) else 3.0
+        self.start, self.saved = time.monotonic(), -math.inf
+        self.before = 3.0  # importing torch takes three
+        if path.exists():
+            before = load_checkpoint(path)
+            if before is None:
+                raise UserError(f"{path}: damaged, so the time left is unknown; begin anew with "
+                                "--fresh")
+            self.before = before["seconds"]
 
     def used(self) -> float:
         return self.before + time.monotonic() - self.start
@@ -1494,7 +1498,7 @@ class Clock:
         if time.monotonic() - self.saved > 10:
             self.saved = time.monotonic()
             with contextlib.suppress(OSError):  # a full disk: what is in memory can still win
-                write_json(self.path, {"seconds": self.used()})
+                save_checkpoint(self.path, {"seconds": self.used()})
 
 
 @dataclass(frozen=True)
@@ -2142,26 +2146,23 @@ def explained(where: str):
 
 @contextlib.contextmanager
 def going_on(metrics: dict):
-    """Let no mistake in the code cost what there is: its traceback is printed, "degraded" in the
-    metrics says which it was, and what follows goes on."""
+    """Let nothing that fails cost what there is: a user's mistake is told in one sentence, of any
+    other error the traceback is printed; "degraded" in the metrics says which it was."""
     try:
         yield
     except Exception as error:
-        if isinstance(error, (UserError, OSError)):  # no mistake in the code: a sentence will do
-            warn(f"going on without a step: {error}")
+        if isinstance(error, UserError):
+            say(f"solve.py: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
         metrics["degraded"] = f"{type(error).__name__}: {error}"
 
 
-def say(*words) -> None:
-    """Print a line; where nobody reads any more (a closed pipe, a log on a full disk) the run goes
-    on without a word."""
-    try:
-        print(*words, flush=True)
-    except OSError:
-        with contextlib.suppress(OSError, AttributeError):  # what is pending goes nowhere too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def say(*words, file=None) -> None:
+    """Print a line, to standard output if no file is named; where nobody reads any more (a closed
+    pipe, a log on a full disk) the run goes on without a word."""
+    with contextlib.suppress(OSError):
+        print(*words, file=file, flush=True)
 
 
 def warn(message: str) -> None:
@@ -2169,9 +2170,8 @@ def warn(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         say(message)
-        return
-    with contextlib.suppress(OSError):
-        print(f"rank {rank}: {message}", file=sys.stderr, flush=True)
+    else:
+        say(f"rank {rank}: {message}", file=sys.stderr)
 
 
 def count_plateaus(figures: list[float], patience: int) -> int:
@@ -2285,23 +2285,6 @@ def lock_folder(folder: Path, rank: int = 0):
     return file
 
 
-def read_json(path: Path) -> dict:
-    """Return what write_json wrote, {} if there is no such file; UserError if it is damaged."""
-    try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError, OSError) as e:
-        raise UserError(f"{path}: damaged ({e}); begin anew with --fresh") from None
-
-
-def dataclass_from(cls: type, values: dict):
-    """Return a cls of values by name, that a file held; UserError if they are not its fields."""
-    try:
-        return cls(**values)
-    except TypeError as e:
-        raise UserError(f"--out holds a run of other code ({e}); use another --out, or --fresh to "
-                        "throw that run away") from None
-
-
 def write_json(path: Path, value) -> None:
     """Write value as JSON, atomically; NaN, which JSON has not, as null."""
     value = json.loads(json.dumps(value), parse_constant=lambda _: None)
@@ -2314,31 +2297,30 @@ def open_state(out: Path, identity: dict, fresh: bool, ranks: Ranks) -> tuple[Pa
     holds a run of another identity (plain values by name); fresh throws that away."""
     state = out / "state"
     fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # else it goes on
-    identity = json.loads(json.dumps(identity))  # as the file gives it back: tuples are lists
     try:
         state.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(state, ranks.rank)
         if ranks.share(identity) != identity:
             raise UserError("torchrun: the processes have different data or options")
         ranks.share({})  # nothing is thrown away that another run has locked, or that differs
-        for pattern in ("stage*", "frames*", "*.json", "*.tmp") if fresh else ():
-            for old in state.glob(pattern):  # nothing but our own
-                old.unlink(missing_ok=True)
-        before = read_json(state / "identity.json")
-        for key in {**before, **identity} if before else ():
+        ours = [*state.glob("*.tmp"), *state.glob("*.pt")] if fresh else []
+        for old in sorted(ours, key=lambda path: path.name == "identity.pt"):  # that one last
+            old.unlink(missing_ok=True)
+        before = load_checkpoint(state / "identity.pt")
+        for key in {**before, **identity} if before is not None else ():
             if before.get(key) != identity.get(key):
                 raise UserError(
                     f"--out {out} holds a run with {key} = {before.get(key)}, this one has "
                     f"{identity.get(key)}; use another --out, or --fresh to throw that run away")
-        if not before and any(state.glob("stage*.pt")):
-            raise UserError(f"{state}: networks without their identity.json; put it back, or "
+        if before is None and any(state.glob("stage*.pt")):
+            raise UserError(f"{state}: networks without their identity.pt; put it back, or "
                             "begin anew with --fresh")
         ranks.share({})  # nothing is written before all have thrown away, and looked
-        write_json(state / "identity.json", identity)
+        save_checkpoint(state / "identity.pt", identity)
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror}); choose another "
                         "folder") from None
-    say(f"{'going on with the' if before else 'a new'} run in {out}")
+    say(f"{'a new' if before is None else 'going on with the'} run in {out}")
     return state, lock
 
 
@@ -2346,10 +2328,10 @@ def note_code(state: Path, *sources: str | None) -> None:
     """Say so if the code, of these files, is not that which began the run in this folder."""
     code = b"".join(Path(file).read_bytes() for file in sources if file)
     digest = hashlib.sha256(code).hexdigest()
-    before = read_json(state / "code.json").get("sha256")
+    before = load_checkpoint(state / "code.pt")
     if before is None:
-        write_json(state / "code.json", {"sha256": digest})
-    elif before != digest:
+        save_checkpoint(state / "code.pt", {"sha256": digest})
+    elif before["sha256"] != digest:
         warn("the code has changed since this run began: networks trained before are used as "
              "they are; --fresh trains them anew")
 
@@ -2374,6 +2356,16 @@ def load_checkpoint(path: Path) -> dict | None:
             return torch.load(io.BytesIO(raw[32:]), map_location="cpu", weights_only=True)
     warn(f"{path}: damaged; what it held is done again")
     return None
+
+
+def once(path: Path, ranks: Ranks, make) -> dict:
+    """Return make(), plain values and tensors by name, of the first process; a run that goes on
+    finds it at path."""
+    found = load_checkpoint(path)
+    if ranks.rank == 0 and found is None:
+        found = make()
+        save_checkpoint(path, found)
+    return ranks.share(found)
 
 
 # ---------------------------------------------------------------------------------- 14. submission

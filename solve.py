@@ -376,8 +376,8 @@ def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float
         affordable = 0.95 * training / ((cost + later_cost) * networks / workers)
         first = cfg.epochs or max(1, min(cfg.most_epochs, int(affordable)))
         epochs = first, max(1, round(first * second_epochs))
-        ends = np.cumsum([used, training * cost / (cost + later_cost), predict / 2,
-                          training * later_cost / (cost + later_cost)]) / limit
+        lasts = training / (cost + later_cost) * np.array([cost, later_cost])
+        ends = (np.cumsum([used, lasts[0], predict / 2, lasts[1]]) / limit).tolist()
         return replace(plan, epochs=epochs, times=(tuple(ends[:2]), tuple(ends[2:]))), affordable
 
     for folds, width, padding, least in SIZES:
@@ -410,14 +410,23 @@ def measure_speed(run: Run, data: StageInput) -> float:
     return lib.measure_speed(run.workers, networks, train)
 
 
-def plan_run(run: Run, task: Task) -> Plan:
-    """Return the plan for the time left, from the speed of networks of width 16, on GPUs 32."""
-    workers = task.gpus * run.cfg.streams or task.cores
-    width = run.cfg.width or min(task.max_width, 32 if task.gpus else 16)
-    run.plan = replace(run.plan, width=width, workers=workers)
+def plan_run(run: Run, cores: int, gpus: int) -> dict:
+    """Return the plan for the time left, as a dict, from the speed of width 16, on GPUs 32."""
+    cfg, data = run.cfg, run.data
+    dtype, why = lib.pick_precision(run.workers.devices[0], cfg.precision)
+    lib.say(f"precision: {dtype} ({why})")
+    holds_rare = run.is_rare[data.masks].any((1, 2)).mean()
+    frames = lib.Frames.lay_out(run.place, len(data.images) + len(data.test_images))
+    tile = data.images.shape[1:]
+    area = frames.area(tile, 0 if run.place is None else cfg.rim)
+    task = Task(len(data.images), float(1 + holds_rare * (cfg.oversample - 1)), *tile, area,
+                run.place is not None, cores, gpus, run.ranks.world)
+    workers = gpus * cfg.streams or cores
+    width = cfg.width or min(task.max_width, 32 if gpus else 16)
+    run.plan = Plan(str(dtype).removeprefix("torch."), width=width, workers=workers)
     run.workers = lib.Workers(run.workers.devices, workers)
     measured = replace(run.plan, speed=measure_speed(run, first_input(run)))
-    return make_plan(run.cfg, task, measured, run.clock.used(), run.clock.limit)
+    return asdict(make_plan(cfg, task, measured, run.clock.used(), run.clock.limit))
 
 
 # ------------------------------------------------------------------------------------- two stages
@@ -538,13 +547,14 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
     """Return the run that cfg describes, new or gone on with: data cleaned, the plan made."""
     ranks = lib.Ranks()
     cfg, data = load(cfg)
-    identity = {"data_sha256": data.sha256, **asdict(cfg)}
+    identity = {"data_sha256": data.sha256, "plan": [*Plan.__annotations__], **asdict(cfg)}
     for key in ("data", "out", "test", "save_probs", "fresh", "max_hours", "device"):
         del identity[key]  # may change when a run goes on
     devices, reason = lib.pick_devices(cfg.device)
+    lib.say(f"device: {', '.join(map(str, devices))} ({reason})")
     state, lock = lib.open_state(lib.user_path(cfg.out), identity, cfg.fresh, ranks)
     lib.note_code(state, lib.__file__, globals().get("__file__"))
-    clock = lib.Clock(state / "clock.json", cfg.max_hours)
+    clock = lib.Clock(state / "clock.pt", cfg.max_hours)
     helpers = lib.Workers([torch.device("cpu")], cores, 1, clock)
     if cfg.clean:
         lib.clean_data(data, state, cfg.template, cfg.seed, ranks, helpers.map)
@@ -554,18 +564,8 @@ def open_run(cfg: Config, cores: int = 1) -> Run:
               lib.Workers(devices, len(devices)), helpers, Plan("float32"),
               np.full(len(data.images), -1))
     gpus = len(devices) if devices[0].type == "cuda" else 0
-    if ranks.rank == 0 and not (state / "plan.json").exists():  # else it is kept
-        dtype, why = lib.pick_precision(devices[0], cfg.precision)
-        lib.say(f"device: {', '.join(map(str, devices))} ({reason}); {dtype} ({why})")
-        run.plan = Plan(str(dtype).removeprefix("torch."))
-        holds_rare = run.is_rare[data.masks].any((1, 2)).mean()
-        frames = lib.Frames.lay_out(place, len(data.images) + len(data.test_images))
-        tile = data.images.shape[1:]
-        area = frames.area(tile, 0 if place is None else cfg.rim)
-        task = Task(len(data.images), float(1 + holds_rare * (cfg.oversample - 1)), *tile, area,
-                    place is not None, cores, gpus, ranks.world)
-        lib.write_json(state / "plan.json", asdict(plan_run(run, task)))
-    run.plan = plan = lib.dataclass_from(Plan, ranks.share(lib.read_json(state / "plan.json")))
+    made = lib.once(state / "plan.pt", ranks, lambda: plan_run(run, cores, gpus))
+    run.plan = plan = Plan(**made)
     count = min(-(-plan.folds * plan.seeds // ranks.world),
                 gpus * cfg.streams or max(1, cores // plan.threads))
     run.workers = lib.Workers(devices, count, plan.threads, clock)
@@ -624,8 +624,8 @@ def solve(cfg: Config, cores: int = 1) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line argv; return its exit status: 0, 2 a user's mistake, 3 a mistake in the
-    code after stage 1, in spite of which there is a submission, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command line argv; return its exit status: 0, 2 a user's mistake, 3 a failure
+    after stage 1, in spite of which there is a submission, 130 Ctrl-C, 143 SIGTERM."""
     def command() -> int:
         # beside busy processes the threads of an operation wait for one another, and sums of one
         # thread are the same on every machine; the cores are shared by our own workers

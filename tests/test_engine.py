@@ -216,20 +216,17 @@ def test_freed_memory_is_kept():
 
 def test_the_clock_counts_all_starts(tmp_path, monkeypatch):
     """Two starts of 100 s each have used them both, and the 3 s of the first import; it is written
-    every ten seconds; a full disk stops no clock; the least limit is a second; what is no number
-    counts as a first start."""
+    at once and every ten seconds; a full disk stops no clock; the least limit is a second."""
     now = [50.0]
     monkeypatch.setattr(lib.time, "monotonic", lambda: now[0])
     for used in (103, 203):
-        clock = lib.Clock(tmp_path / "clock.json", 0)
+        clock = lib.Clock(tmp_path / "clock.pt", 0)
         now[0] += 9
         clock.save_now_and_then()
-        assert lib.read_json(clock.path) == ({} if used == 103 else {"seconds": 103})
+        assert lib.load_checkpoint(clock.path) == {"seconds": used - 91}
         now[0] += 91
         clock.save_now_and_then()
-        assert clock.used() == used and lib.read_json(clock.path) == {"seconds": used}
-    lib.write_json(tmp_path / "other.json", {"seconds": "soon"})
-    assert lib.Clock(tmp_path / "other.json", 1).used() == 3
+        assert clock.used() == used and lib.load_checkpoint(clock.path) == {"seconds": used}
     now[0] += 11
     monkeypatch.setattr(os, "fsync", refuse_everything)
     clock.save_now_and_then()
@@ -839,7 +836,8 @@ def test_plateaus_by_hand():
 
 @pytest.mark.fault(60)
 def test_a_mistake_is_printed_and_noted_and_the_run_goes_on(capsys):
-    """The traceback on standard error, its type and words in the metrics; a signal ends the run."""
+    """The traceback on standard error, its type and words in the metrics; of a user's mistake one
+    sentence; a signal ends the run."""
     metrics = {}
     with lib.going_on(metrics):
         pass
@@ -848,6 +846,10 @@ def test_a_mistake_is_printed_and_noted_and_the_run_goes_on(capsys):
         metrics["nosuch"]
     assert metrics == {"degraded": "KeyError: 'nosuch'"}
     assert "Traceback" in capsys.readouterr().err
+    with lib.going_on(metrics):
+        raise lib.UserError("a smaller --lr")
+    assert capsys.readouterr().err == "solve.py: a smaller --lr\n"
+    assert metrics == {"degraded": "UserError: a smaller --lr"}
     with pytest.raises(KeyboardInterrupt), lib.going_on(metrics):
         raise KeyboardInterrupt
 

@@ -292,9 +292,9 @@ def test_a_finished_run_trains_nothing(finished_copy):
 def test_changed_code_is_said(finished_copy):
     """Networks of other code are used, and a line says so and names --fresh."""
     data, out = finished_copy / "mars.npz", finished_copy / "out"
-    (out / "state" / "code.json").unlink()  # that of now is noted
+    (out / "state" / "code.pt").unlink()  # that of now is noted
     assert "the code has changed" not in ends_well(data, out)
-    lib.write_json(out / "state" / "code.json", {"sha256": "another"})
+    lib.save_checkpoint(out / "state" / "code.pt", {"sha256": "another"})
     ends_well(data, out, says="the code has changed since.*--fresh")
 
 
@@ -362,9 +362,10 @@ def test_time_over_at_resume(data, tmp_path, monkeypatch):
 @pytest.mark.fault(47)
 def test_damaged_clock(finished_copy):
     """Half a file is a sentence that names it."""
-    (finished_copy / "out" / "state" / "clock.json").write_text('{"seconds": ')
+    clock = finished_copy / "out" / "state" / "clock.pt"
+    clock.write_bytes(clock.read_bytes()[:-9])
     refused(finished_copy / "mars.npz", finished_copy / "out",
-            says=["clock.json: damaged", "--fresh"])
+            says=["clock.pt: damaged", "--fresh"])
 
 
 @pytest.mark.slow

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 
 import kit
 import numpy as np
 import pytest
 
+import lib
 import solve
 
 
@@ -158,14 +158,28 @@ def test_the_plan_is_kept_on_resume(finished_copy):
     """A run that goes on measures nothing and changes nothing of the plan, however slow the machine
     was when it was made."""
     out = finished_copy / "out"
-    file = out / "state" / "plan.json"
-    before = json.loads(file.read_text())
-    assert before["speed"] > 0 and before["epochs"] == [2, 2]
-    file.write_text(json.dumps(before | {"speed": 3.0}))
+    file = out / "state" / "plan.pt"
+    before = lib.load_checkpoint(file)
+    assert before["speed"] > 0 and before["epochs"] == (2, 2)
+    lib.save_checkpoint(file, before | {"speed": 3.0})
     status, printed, err = kit.run_main(finished_copy / "mars.npz", out)
     assert status == 0, err
     assert "3 images a second" in printed
-    assert json.loads(file.read_text()) == before | {"speed": 3.0}
+    assert lib.load_checkpoint(file) == before | {"speed": 3.0}
+
+
+@pytest.mark.fault(41)
+@pytest.mark.parametrize("name", ["plan.pt", "cleaned.pt"])
+def test_a_changed_decision_is_made_again(finished_copy, name):
+    """A plan or a list of outliers that somebody has edited, or a disk, is said, and made anew."""
+    file = finished_copy / "out" / "state" / name
+    before = lib.load_checkpoint(file)
+    changed = bytearray(file.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    file.write_bytes(changed)
+    status, printed, err = kit.run_main(finished_copy / "mars.npz", finished_copy / "out")
+    assert status == 0, err
+    assert f"{name}: damaged" in printed and lib.load_checkpoint(file).keys() == before.keys()
 
 
 @pytest.fixture(scope="module")

@@ -293,7 +293,7 @@ def test_a_second_stage_in_vain_is_dropped(tmp_path, monkeypatch, recipe, submit
 def test_no_time_for_stage_2(finished_copy):
     """A run that goes on when 4/5 of stage 2's time are over leaves it out, unless it has begun."""
     state = finished_copy / "out" / "state"
-    lib.write_json(state / "clock.json", {"seconds": 3500.0})
+    lib.save_checkpoint(state / "clock.pt", {"seconds": 3500.0})
     status, out, metrics = go_on(finished_copy)
     assert status == 0 and "stage2_miou" in metrics
     for file in state.glob("stage2*"):

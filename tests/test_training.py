@@ -214,7 +214,7 @@ def test_patience_ends_a_network(run):
 def test_the_end_of_the_time_ends_an_epoch(run):
     """After the first step, so that there is something; and all networks with it."""
     planned(run, 50, 1)
-    run.clock = lib.Clock(run.state / "clock.json", 1.0)
+    run.clock = lib.Clock(run.state / "clock.pt", 1.0)
     run.clock.before = 7200.0
     networks = solve.train_stage(run, 1, run.tiles)
     assert len(networks) == 2
