@@ -1225,15 +1225,19 @@ def from_bytes(stored: np.ndarray) -> np.ndarray:
     return stored * np.float32(1 / 255)
 
 
-def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
-                     peaks: np.ndarray | None = None) -> np.ndarray:
-    """Return labels uint8 (B, H, W): the class, from first_class on, of the largest probability
-    (B, C, H, W) times its factor, (C,). Of a class with a peak, (C,), above 0 a connected part that
-    nowhere is that probable goes to the next class (hysteresis: Canny 1986)."""
+NO_THRESHOLDS = np.stack([np.ones(NUM_CLASSES), np.zeros(NUM_CLASSES)])
+
+
+def apply_thresholds(probs: np.ndarray, thresholds: np.ndarray, first_class: int) -> np.ndarray:
+    """Return labels uint8 (B, H, W) of probabilities (B, C, H, W), given each class's factor and
+    peak, (2, C): the class, from first_class on, of the largest probability times its factor. Of a
+    class with a peak a connected part that nowhere is that probable goes to the next class
+    (hysteresis: Canny 1986)."""
+    factors, peaks = thresholds
     weighted = probs * np.float32(factors[:, None, None])
     weighted[:, :first_class] = -1
     labels = weighted.argmax(1)
-    for c in np.flatnonzero(peaks) if peaks is not None else ():
+    for c in np.flatnonzero(peaks):
         own = labels == c
         sure = own & (probs[:, c] >= peaks[c])
         gone = own & ~scipy.ndimage.binary_propagation(sure, IN_ONE_IMAGE, own)
@@ -1242,10 +1246,10 @@ def apply_thresholds(probs: np.ndarray, factors: np.ndarray, first_class: int,
     return labels.astype(np.uint8)
 
 
-def cleaned_labels(probs: np.ndarray, frames: Frames, wanted: np.ndarray, factors: np.ndarray,
-                   first_class: int, peaks: np.ndarray | None, pmap=map) -> np.ndarray:
+def cleaned_labels(probs: np.ndarray, frames: Frames, wanted: np.ndarray, thresholds: np.ndarray,
+                   first_class: int, pmap=map) -> np.ndarray:
     """Return the labels of apply_thresholds, cleaned, uint8 (T, H, W), of the frames that hold a
-    wanted tile, bool (T,), else 0. Probs are bytes (T, C, H, W); factors and peaks (C,).
+    wanted tile, bool (T,), else 0. Probs are bytes (T, C, H, W).
 
     Frames are looked at whole: a rock that a tile's border cuts is one part.
     """
@@ -1253,7 +1257,7 @@ def cleaned_labels(probs: np.ndarray, frames: Frames, wanted: np.ndarray, factor
     frames = frames.to(torch.device("cpu"))
 
     def label_frames(index: np.ndarray) -> None:
-        whole = apply_thresholds(from_bytes(frames.join(index, probs)), factors, first_class, peaks)
+        whole = apply_thresholds(from_bytes(frames.join(index, probs)), thresholds, first_class)
         tiles, parts = frames.split(index, clean_masks(whole)[:, None])
         labels[tiles] = parts[:, 0]
 
@@ -1264,21 +1268,20 @@ def cleaned_labels(probs: np.ndarray, frames: Frames, wanted: np.ndarray, factor
 def cleaned_likeliest(probs: np.ndarray, frames: Frames, first_class: int,
                       pmap=map) -> np.ndarray:
     """Return each fold's likeliest classes, cleaned, uint8 (folds, T, H, W), of probs, bytes."""
-    every, ones = np.ones(probs.shape[1], bool), np.ones(NUM_CLASSES)
-    return np.stack([cleaned_labels(own, frames, every, ones, first_class, None, pmap)
+    every = np.ones(probs.shape[1], bool)
+    return np.stack([cleaned_labels(own, frames, every, NO_THRESHOLDS, first_class, pmap)
                      for own in probs])
 
 
 def cleaned_out_of_fold(probs: np.ndarray, frames: Frames, fold_of: np.ndarray,
-                        factors: np.ndarray, first_class: int, peaks: np.ndarray,
-                        pmap=map) -> np.ndarray:
+                        thresholds: np.ndarray, first_class: int, pmap=map) -> np.ndarray:
     """Return the cleaned_labels of the training tiles, uint8 (N, H, W), each by its own fold's
     probs (folds, T, C, H, W); 0 of a tile without a fold."""
     labels = np.zeros((len(fold_of), *probs.shape[3:]), np.uint8)
     for fold, own in enumerate(probs):
         wanted = np.arange(len(own)) < len(labels)
         wanted[:len(labels)] = fold_of == fold
-        decided = cleaned_labels(own, frames, wanted, factors, first_class, peaks, pmap)
+        decided = cleaned_labels(own, frames, wanted, thresholds, first_class, pmap)
         labels[fold_of == fold] = decided[wanted]
     return labels
 
@@ -1292,17 +1295,17 @@ def mean_of_folds(probs: np.ndarray) -> np.ndarray:
 
 
 def decide_out_of_fold(probs: np.ndarray, masks: np.ndarray, frames: Frames, fold_of: np.ndarray,
-                       candidates: np.ndarray, first_class: int, peaks: np.ndarray,
+                       candidates: np.ndarray, first_class: int,
                        pmap=map) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels of cleaned_out_of_fold, each fold's by those of the candidates, factors
-    (K, C), that score best on the other folds; and the factors (C,) that score best on all.
+    """Return the labels of cleaned_out_of_fold, each fold's by those of the candidates, thresholds
+    (K, 2, C), that score best on the other folds; and those that score best on all, (2, C).
 
     The IoU J of a class is best where all pixels above about J / (1 + J) are taken, long before
     the class is the likeliest (for F1 that is Lipton et al. 2014).
     """
     folds = range(len(probs))
-    tried = [cleaned_out_of_fold(probs, frames, fold_of, factors, first_class, peaks, pmap)
-             for factors in candidates]
+    tried = [cleaned_out_of_fold(probs, frames, fold_of, thresholds, first_class, pmap)
+             for thresholds in candidates]
     counts = np.stack([[confusion_matrix(masks[fold_of == k], labels[fold_of == k]) for k in folds]
                        for labels in tried])
     total = counts.sum(1)
@@ -1578,10 +1581,12 @@ class Workers:
             try:
                 futures = [pool.submit(guarded, device) for device in self.devices]
                 # signals reach the main thread alone, between two looks
-                while concurrent.futures.wait(futures, 0.1).not_done:
-                    meanwhile()
+                busy = True
+                while busy:
                     if self.clock is not None:
                         self.clock.save_now_and_then()
+                    meanwhile()
+                    busy = concurrent.futures.wait(futures, 0.1).not_done
             finally:
                 self.stopping.set()
         self.stopping.clear()
@@ -2210,9 +2215,9 @@ def average_runs(folders: list[str], first_class: int = 1) -> np.ndarray:
     """Return the test labels, uint8 (M, H, W), of the mean of several runs with --save-probs."""
     runs = [np.load(Path(folder) / "probabilities.npz") for folder in folders]
     probs = mean_of_folds(np.stack([run["test"] for run in runs]))
-    factors, peaks = np.mean([run["thresholds"] for run in runs], 0)
+    thresholds = np.mean([run["thresholds"] for run in runs], 0)
     frames = Frames.lay_out(runs[0]["place"][:, -len(probs):], len(probs))  # without training tiles
-    return cleaned_labels(probs, frames, np.ones(len(probs), bool), factors, first_class, peaks)
+    return cleaned_labels(probs, frames, np.ones(len(probs), bool), thresholds, first_class)
 
 
 def describe_test(labels: np.ndarray, probs: np.ndarray, truth: np.ndarray | None) -> dict:

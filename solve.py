@@ -72,11 +72,12 @@ class Config:
     geometric: tuple = (0.1, 0.25, 8.0)  # shift, scale, degrees
     jitter: float = 0.2           # brightness and contrast
     flip_vertical: bool = False   # no camera frame is upside down
-    tta: bool = True              # mean with the mirrored copy
+    tta: bool = True              # stage 1: mean with the mirrored copy
     most_epochs: int = 96         # of stage 1; of 200 only common classes gain
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
-    factors: tuple = (1.0, 0.5, 2.0, 4.0)  # one of them for the rare classes' probabilities
+    # pairs of a rare class's factor and peak, of which the best out of fold is taken
+    thresholds: tuple = ((1.0, 0.8), (2.0, 0.8), (4.0, 0.8), (1.0, 0.0))
     half_sized: float = 2 / 3     # of stage 1's epochs, the first ones, on images of half the side
     shuffle: int = 2              # side of the blocks of pixels that the network takes as one
     global_context: bool = True   # the bottleneck sees the mean of the whole image
@@ -89,7 +90,7 @@ RECIPES = {"best": {}, "paper": dict(
     folds=1, seeds=1, frames=False, lr=5e-4, second_lr=1.0, second_epochs=0.2, gamma=3.0,
     alpha=0.25, oversample=1, copy_paste=0.25, patience=25, ema_decay=0.0, first_class=0,
     refine="background", monitor="loss", geometric=(0.2, 0.2, 60.0), flip_vertical=True, tta=False,
-    most_epochs=300, weight_decay=0.0, cooldown=0.0, factors=(1.0,), half_sized=0.0,
+    most_epochs=300, weight_decay=0.0, cooldown=0.0, thresholds=((1.0, 0.0),), half_sized=0.0,
     shuffle=1, global_context=False, level_weights=(0.2, 0.3, 0.5))}
 
 
@@ -128,7 +129,7 @@ class Step:
     probs: np.ndarray       # out of fold, bytes (N, C, H, W)
     tests: np.ndarray       # labels of the test set, uint8 (M, H, W)
     test_probs: np.ndarray  # bytes (M, C, H, W)
-    thresholds: tuple       # factors and peaks (C,) of lib.apply_thresholds, for test_probs
+    thresholds: np.ndarray  # (2, C) of lib.apply_thresholds, for test_probs
 
 
 @dataclass
@@ -342,8 +343,7 @@ def train_stage(run: Run, stage: int, data: StageInput,
 
 # --------------------------------------------------------------------------------------- the plan
 
-# folds, width, context padding in pixels, epochs of stage 1 for which there must be time; best
-# first
+# folds, width, context padding in pixels, epochs that there must be time for; the best come first
 SIZES = ((5, 32, 32, 135), (5, 24, 32, 96), (5, 16, 32, 84), (4, 16, 32, 60), (4, 16, 0, 22),
          (3, 16, 0, 17), (3, 12, 0, 12), (2, 12, 0, 11), (2, 8, 0, 0))
 
@@ -365,19 +365,17 @@ def make_plan(cfg: Config, task: Task, measured: Plan, used: float, limit: float
         speed = measured.speed * relative_speed(task, plan) / relative_speed(task, measured)
         trained = task.images * (1 - 1 / (folds if folds > 1 else 7))
         whole = task.shown * trained * workers / speed  # a worker's seconds
-        second = later * trained * workers / speed
         tile = (task.height * task.width) / ((task.height + padding) * (task.width + padding))
-        views = seeds * cfg.stages * (1 + cfg.tta)
-        predict = task.area * folds * (0.3 * views * tile / speed + 5e-3 / task.cores)
-        predict *= 1.4  # the machine may be busier then
-        training = max(1.0, 0.97 * seconds - predict)
+        views = seeds * (cfg.stages + cfg.tta)  # of stage 1 the mirror images too
+        predict = 1.4 * task.area * folds * (0.3 * views * tile / speed + 5e-3 / task.cores)
+        training = max(1.0, 0.97 * seconds - predict)  # 1.4: the machine may be busier then
         cost = whole * (1 - (1 - half) * cfg.half_sized)  # of an epoch, and its share of stage 2
-        later_cost = second * second_epochs * (cfg.stages - 1)
+        later_cost = later * trained * workers / speed * second_epochs * (cfg.stages - 1)
         affordable = 0.95 * training / ((cost + later_cost) * networks / workers)
         first = cfg.epochs or max(1, min(cfg.most_epochs, int(affordable)))
         epochs = first, max(1, round(first * second_epochs))
         lasts = training / (cost + later_cost) * np.array([cost, later_cost])
-        ends = (np.cumsum([used, lasts[0], predict / 2, lasts[1]]) / limit).tolist()
+        ends = (np.cumsum([used, lasts[0], predict * 2 / 3, lasts[1]]) / limit).tolist()
         return replace(plan, epochs=epochs, times=(tuple(ends[:2]), tuple(ends[2:]))), affordable
 
     for folds, width, padding, least in SIZES:
@@ -474,18 +472,20 @@ def conclude(run: Run, name: str, probs: np.ndarray) -> None:
     data, frames, pmap = run.data, run.tiles.frames, run.helpers.map
     n, first = len(data.masks), run.cfg.first_class
     own = probs[run.fold_of.clip(0), np.arange(n)]  # of one split there is one network alone
-    fitted = run.is_rare & (len(run.cfg.factors) > 1 and len(probs) > 1)
-    candidates = np.where(fitted, np.array(run.cfg.factors)[:, None], 1.0)
-    # a part must somewhere be that sure; means of several networks never are as sure as one
-    peaks, test_peaks = fitted * (0.8 if run.plan.seeds == 1 else 0.5), fitted * 0.5
-    labels, factors = lib.decide_out_of_fold(probs, data.masks, frames, run.fold_of, candidates,
-                                             first, peaks, pmap)
+    tried = np.array(run.cfg.thresholds if len(probs) > 1 else [(1.0, 0.0)])
+    candidates = np.where(run.is_rare, tried[:, :, None], lib.NO_THRESHOLDS)
+    of_several = [[np.inf], [0.5]]  # at most: the mean of networks never is as sure as one
+    if run.plan.seeds > 1:
+        candidates = np.minimum(candidates, of_several)
+    labels, best = lib.decide_out_of_fold(probs, data.masks, frames, run.fold_of, candidates,
+                                          first, pmap)
+    thresholds = np.minimum(best, of_several)
     mean, is_test = lib.mean_of_folds(probs), np.arange(probs.shape[1]) >= n
-    tests = lib.cleaned_labels(mean, frames, is_test, factors, first, test_peaks, pmap)
+    tests = lib.cleaned_labels(mean, frames, is_test, thresholds, first, pmap)
     scores = lib.score_folds(data.masks, labels, run.fold_of, len(probs))
-    scores["factors"] = factors.tolist()
+    scores |= {"factors": thresholds[0].tolist(), "peaks": thresholds[1].tolist()}
     run.metrics |= {f"{name}_{key}": value for key, value in scores.items()}
-    run.steps.append(Step(name, labels, own, tests[n:], mean[n:], (factors, test_peaks)))
+    run.steps.append(Step(name, labels, own, tests[n:], mean[n:], thresholds))
     lib.say(f"{name} out of fold: {scores['miou']:.4f} ± {scores['fold_std']:.4f} mean IoU, the "
             f"paper's {scores['paper_miou']:.4f}; IoU {np.round(scores['iou'][1:], 3)}")
 
@@ -521,7 +521,7 @@ def refine(run: Run, first: list[list[lib.UNet]], probs: np.ndarray,
         return
     second = second_input(run, probs, log_ratios)
     networks = train_stage(run, 2, second, first if run.cfg.refine == "correct" else None)
-    after = lib.predict_unseen(networks, second, run.dtype, run.cfg.tta, run.workers)
+    after = lib.predict_unseen(networks, second, run.dtype, False, run.workers)
     keep_first(run, second, probs, after)
     conclude(run, "stage2", after)
 

@@ -40,9 +40,19 @@ def write_npz(tmp_path):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The folder of a finished tiny run, data in mars.npz, output in out: not to be changed."""
-    folder = tmp_path_factory.mktemp("finished")
+    return finish(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="session")
+def finished_stage1(tmp_path_factory) -> Path:
+    """The same of a run without a second stage."""
+    return finish(tmp_path_factory.mktemp("finished_stage1"), "--stages", "1")
+
+
+def finish(folder: Path, *flags: str) -> Path:
+    """Run on tiny data in the folder, with --save-probs, and return the folder."""
     np.savez(folder / "mars.npz", **kit.tiny_arrays())
-    status, _, err = kit.run_main(folder / "mars.npz", folder / "out", "--save-probs")
+    status, _, err = kit.run_main(folder / "mars.npz", folder / "out", "--save-probs", *flags)
     assert status == 0, err
     return folder
 

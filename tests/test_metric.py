@@ -103,7 +103,7 @@ def test_thresholds_are_an_argmax(first_class):
     """The class from first_class on with the largest probability times factor; equal factors change
     nothing."""
     probs = np.float32([[0.5, 0.3, 0.1, 0.06, 0.04], [0.05, 0.4, 0.3, 0.15, 0.1]])[..., None, None]
-    ones, rock = np.ones(5), np.array([1, 1, 1, 1, 20])
+    ones, rock = lib.NO_THRESHOLDS, np.array([[1, 1, 1, 1, 20], [0] * 5])
     plain = [[0, 1], [1, 1]][first_class]
     assert lib.apply_thresholds(probs, ones, first_class).ravel().tolist() == plain
     assert lib.apply_thresholds(probs, 7 * ones, first_class).ravel().tolist() == plain
@@ -121,11 +121,12 @@ def test_lone_tiles_are_cleaned():
     want = np.ones((300, 9, 9), np.uint8)
     want[299, :3, :3], want[0] = 3, 0
     frames, wanted = lib.Frames.lay_out(None, 300), np.arange(300) > 0
-    got = lib.cleaned_labels(probs, frames, wanted, np.ones(5), 1, None)
+    got = lib.cleaned_labels(probs, frames, wanted, lib.NO_THRESHOLDS, 1)
     np.testing.assert_array_equal(got, want)
 
 
 ROCK = np.array([0, 0, 0, 0, 1.0])
+PEAK = np.stack([np.ones(5), 0.8 * ROCK])
 
 
 @pytest.mark.parametrize("scale", [1, 3])
@@ -137,9 +138,10 @@ def test_a_part_without_its_peak_goes_to_the_next_class(scale):
     probs[:, 4, 0], probs[:, 1, 0], probs[:, 3, 0] = rock, 0.2 * (1 - rock), 0.8 * (1 - rock)
     probs[0, 1, 0, 3], probs[0, 3, 0, 3] = 0.9, 0
     factors = np.ones(5) + (scale - 1) * ROCK
-    got = lib.apply_thresholds(probs, factors, 1, 0.8 * ROCK)
+    got = lib.apply_thresholds(probs, np.stack([factors, 0.8 * ROCK]), 1)
     np.testing.assert_array_equal(got[:, 0], [[4, 4, 4, 1, 3, 3], [3, 3, 3, 3, 4, 4]])
-    assert (lib.apply_thresholds(probs, factors, 1, 0 * ROCK)[0, 0, 4:] == 4).all()
+    without = lib.apply_thresholds(probs, np.stack([factors, 0 * ROCK]), 1)
+    assert (without[0, 0, 4:] == 4).all()
 
 
 def test_a_rock_across_a_border_is_one_part():
@@ -151,7 +153,7 @@ def test_a_rock_across_a_border_is_one_part():
     place, both = np.array([[0, 0], [0, 0], [0, 1]]), np.ones(2, bool)
     for at, kept in ((place, 4), (None, 1)):
         frames = lib.Frames.lay_out(at, 2)
-        got = lib.cleaned_labels(lib.to_bytes(probs), frames, both, np.ones(5), 1, 0.8 * ROCK)
+        got = lib.cleaned_labels(lib.to_bytes(probs), frames, both, PEAK, 1)
         assert (got[0, 2:6, 4:] == 4).all() and (got[1, 2:6, :4] == kept).all()
 
 
@@ -160,7 +162,8 @@ def test_each_tile_by_its_own_fold():
     probs = np.zeros((2, 4, 5, 8, 8), np.uint8)
     probs[0, :, 1], probs[1, :, 2] = 200, 200
     frames = lib.Frames.lay_out(None, 4)
-    got = lib.cleaned_out_of_fold(probs, frames, np.array([1, 0, -1]), np.ones(5), 1, 0 * ROCK)
+    got = lib.cleaned_out_of_fold(probs, frames, np.array([1, 0, -1]), lib.NO_THRESHOLDS,
+                                  1)
     assert got[:, 0, 0].tolist() == [2, 1, 0] and got.shape == (3, 8, 8)
 
 
@@ -179,16 +182,15 @@ def sure(*cells: tuple[int, float, int]) -> tuple[np.ndarray, np.ndarray]:
     return lib.to_bytes(probs).repeat(4, 2).repeat(4, 3), truth.repeat(4, 1).repeat(4, 2)
 
 
-CANDIDATES = np.where(ROCK, np.array([[1], [0.5], [2], [4]]), 1)
-
-
-def decide(probs, masks, fold_of=None, peak=0.3) -> tuple[np.ndarray, np.ndarray]:
-    """Return the labels and the factors of lib.decide_out_of_fold of lone tiles; without fold_of
-    all are of one fold."""
+def decide(probs, masks, fold_of=None, peaks=(0.3,)) -> tuple[np.ndarray, np.ndarray]:
+    """Return the labels and the thresholds of lib.decide_out_of_fold of lone tiles, with factors of
+    rock of 1, .5, 2 and 4 and each of the peaks; without fold_of all are of one fold."""
     fold_of = np.zeros(len(masks), int) if fold_of is None else fold_of
     probs = np.stack([probs] * (fold_of.max() + 1))
     frames = lib.Frames.lay_out(None, len(masks))
-    return lib.decide_out_of_fold(probs, masks, frames, fold_of, CANDIDATES, 1, peak * ROCK)
+    tried = np.array([(factor, peak) for factor in (1, 0.5, 2, 4) for peak in peaks])
+    candidates = np.where(ROCK, tried[:, :, None], lib.NO_THRESHOLDS)
+    return lib.decide_out_of_fold(probs, masks, frames, fold_of, candidates, 1)
 
 
 @pytest.mark.parametrize("cells,factor", [((30, 0.4, 12), 2), ((100, 0.4, 1), 1),
@@ -197,19 +199,20 @@ def test_the_unlikely_is_taken_where_it_pays(cells, factor):
     """Of 30 cells of .4, 12 are rock: to take them makes the IoUs (12/30, 970/988) of (0, .988),
     and 2 · .4 > .6 is the first factor that does. Of 100 one is rock: left, at .55 given up.
     Common classes keep their factor of 1."""
-    assert decide(*sure(cells))[1].tolist() == [1, 1, 1, 1, factor]
-    assert decide(*sure(cells), peak=0.8)[1][4] == 1  # no part is so sure
+    assert decide(*sure(cells))[1].tolist() == [[1, 1, 1, 1, factor], [0, 0, 0, 0, 0.3]]
+    assert decide(*sure(cells), peaks=(0.8,))[1][0, 4] == 1  # no part is so sure
 
 
 def test_thresholds_are_fitted_with_the_peaks():
-    """Rocks of .4 .9 .4 among 20 false ones of .6: no factor tells them apart, peak and factor
-    do."""
+    """Rocks of .4 .9 .4 among 20 false ones of .6: no factor tells them apart, peak and factor do.
+    Where the true ones are no surer, no peak is taken."""
     false, rock = [(1, 0.6, 0), (1, 0.0, 0)] * 20, [(1, 0.4, 1), (1, 0.9, 1), (1, 0.4, 1)]
     probs, truth = sure(*false, *rock, (1, 0.0, 0), *rock)
-    factors = decide(probs, truth, peak=0.8)[1]
-    assert factors.tolist() == [1, 1, 1, 1, 2]
-    got = lib.apply_thresholds(lib.from_bytes(probs), factors, 1, 0.8 * ROCK)
+    thresholds = decide(probs, truth, peaks=(0, 0.8))[1]
+    assert thresholds.tolist() == [[1, 1, 1, 1, 2], [0, 0, 0, 0, 0.8]]
+    got = lib.apply_thresholds(lib.from_bytes(probs), thresholds, 1)
     np.testing.assert_array_equal(got, truth)
+    assert decide(*sure((30, 0.6, 28)), peaks=(0.8, 0))[1][1, 4] == 0
 
 
 def test_a_fold_is_decided_by_the_others_thresholds():
@@ -219,9 +222,9 @@ def test_a_fold_is_decided_by_the_others_thresholds():
     probs, masks = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     fold_of = np.array([0, 1, -1]).repeat(10)
     scored = fold_of >= 0
-    labels, factors = decide(probs, masks, fold_of)
+    labels, thresholds = decide(probs, masks, fold_of)
     assert (labels[0, :, :40] == 4).all() and (labels[10:] < 4).all()
-    np.testing.assert_array_equal(factors, decide(probs[scored], masks[scored])[1])
+    np.testing.assert_array_equal(thresholds, decide(probs[scored], masks[scored])[1])
     masks[fold_of == 0] = 3
     noisy, _ = decide(probs, masks, fold_of)
     np.testing.assert_array_equal(noisy[:10], labels[:10])
