@@ -276,16 +276,19 @@ def describe(data: Data) -> list[str]:
 # ------------------------------------------------------------------------------------- 2. outliers
 #
 # Outliers are tiles with an object drawn in, at any size, tilt and light; Mars does not repeat
-# itself. So an outlier is an image that shares points with others: local features (SIFT, Lowe
-# 2004) that are alike and that one affine map carries from image to image. Where there are too
-# many images to compare each with each, the autoencoder names the strangest ones. Groups among
-# these are the exemplars: every image that shares points with two of them is an outlier.
+# itself. Two images are linked if one affine map carries local features (SIFT, Lowe 2004) of the
+# one to like features of the other, and the pixels there correlate. Frames may show one scene
+# twice, but never mirrored and hardly turned: the points that a turned link carries, or several
+# links, are an object's, and what shares an object is an outlier. Where there are too many images
+# to compare each with each, the autoencoder names the strangest ones, the candidates. Outliers
+# among them are the exemplars that all images are compared with.
 
-MAX_SHARE = 0.3      # a cut that takes out more of the images is likelier wrong than they are
-CANDIDATES = 256     # the strangest images, compared with one another
-EXEMPLARS = 40       # outliers that all images are compared with, at most
-POINTS = 60          # of an image, the strongest
-LINKED, SURE = 5, 7  # shared points: unrelated images have 5 now and then, hardly ever 7
+MAX_SHARE = 0.3            # a cut that takes out more of the images is likelier wrong than they are
+CANDIDATES = 192           # the strangest images, compared with one another
+EXEMPLARS = 50             # outliers that all images are compared with, at most
+POINTS = 60                # of an image, the strongest
+MATCHES = 4                # points that a link carries, at least
+ALIKE, SURE = 0.85, 0.925  # cosine of matching descriptors, at least; of one match of a link
 # where a descriptor's 4×4 histograms of 8 directions lie in that of the mirror image
 MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1, :, -np.arange(8)].ravel()
 
@@ -325,107 +328,116 @@ def autoencoder_error(images: np.ndarray, masks: np.ndarray, seed: int) -> np.nd
     return F.avg_pool2d(error, 3, 1, 1).amax((1, 2, 3)).numpy()
 
 
-@dataclass(frozen=True)
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Return Pearson's correlation of two vectors of grey values, 0 where one is flat."""
+    x, y = x - x.mean(), y - y.mean()
+    return x @ y / math.sqrt((x @ x) * (y @ y) + 1)
+
+
 class Features:
-    """The points of detail of N images, at most POINTS each."""
+    """The points of detail of images with masks, each uint8 (H, W), of the first one's scale."""
 
-    points: np.ndarray         # float32 (N, POINTS, 2): x, y in 64ths of images' shorter side
-    descriptors: torch.Tensor  # float32 (N, POINTS, 128), of length 1; 0: there is no point
-    labelled: np.ndarray       # bool (N, POINTS)
-    width: float               # the images' longer side, in 64ths of the shorter one
-
-    @classmethod
-    def of(cls, images: list[np.ndarray], masks: list[np.ndarray], pmap=map) -> Features:
-        """Return the features of images and masks, each uint8 (H, W), of the first's scale."""
-        points = np.zeros((len(images), POINTS, 2), np.float32)
-        descriptors = np.zeros((len(images), POINTS, 128), np.float32)
-        labelled = np.zeros((len(images), POINTS), bool)
-        scale = 3 * 64 / min(images[0].shape)  # times 3, as objects may be small
+    def __init__(self, images: list[np.ndarray], masks: list[np.ndarray], pmap=map):
+        self.scale = 64 / min(images[0].shape)
+        self.points = np.zeros((len(images), POINTS, 2), np.float32)  # x, y in 64ths of a side
+        self.labelled = np.zeros((len(images), POINTS), bool)
+        self.descriptors = torch.zeros(len(images), POINTS, 128)      # 0: there is no such point
+        self.small = list(pmap(lambda image: self.resize(image, 1), images))
 
         def detect(i: int) -> None:
-            size = [max(1, round(side * scale)) for side in images[i].shape[::-1]]
-            smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
-            large = cv2.resize(images[i], size, interpolation=smooth)
-            mask = cv2.resize(masks[i], size, interpolation=cv2.INTER_NEAREST)
+            large = self.resize(images[i], 3)  # as objects may be small
+            mask = cv2.resize(masks[i], large.shape[::-1], interpolation=cv2.INTER_NEAREST)
             sift = cv2.SIFT_create(POINTS, contrastThreshold=0.03)
             keypoints, found = sift.detectAndCompute(large, None)
             for k, keypoint in enumerate(keypoints[:POINTS]):
                 column, row = map(int, keypoint.pt)
-                points[i, k] = np.array(keypoint.pt) / 3
-                labelled[i, k] = mask[row, column] > 0
+                self.points[i, k] = (np.array(keypoint.pt) - 1) / 3  # of pixels' centres
+                self.labelled[i, k] = mask[row, column] > 0
                 # Hellinger's distance in place of Euclid's (Arandjelović and Zisserman 2012)
-                descriptors[i, k] = np.sqrt(found[k] / max(found[k].sum(), 1))
+                root = np.sqrt(found[k] / max(found[k].sum(), 1))
+                self.descriptors[i, k] = torch.from_numpy(root)
 
         list(pmap(detect, range(len(images))))
-        width = 64 * max(images[0].shape) / min(images[0].shape)
-        return cls(points, torch.from_numpy(descriptors), labelled, width)
 
-    def compare(self, ones: np.ndarray, others: np.ndarray, pmap=map) -> np.ndarray:
-        """Return how many points each of ones shares with each of others, int8 (N, N), else 0."""
-        shared = np.zeros((len(self.points), len(self.points)), np.int8)
-        pairs = np.zeros(shared.shape, bool)
-        pairs[np.ix_(ones, others)] = True
-        pairs &= ~(np.tril(pairs) & pairs.T)  # each pair once, no image with itself
-        counts = pmap(lambda one: self.count_shared(one, np.flatnonzero(pairs[one])), ones)
-        for one, count in zip(ones, counts, strict=True):
-            shared[one, pairs[one]] = shared[pairs[one], one] = count
-        return shared
+    def resize(self, image: np.ndarray, factor: int) -> np.ndarray:
+        """Return an image whose shorter side would be factor × 64 long if it were the first one."""
+        scale = factor * self.scale
+        size = [max(1, round(side * scale)) for side in image.shape[::-1]]
+        smooth = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+        return cv2.resize(image, size, interpolation=smooth)
 
-    def count_shared(self, one: int, others: np.ndarray) -> np.ndarray:
-        """Return how many points of an image, or of its mirror image, an affine map carries to
-        those of each of the others, (len(others),). Pairs of points of which neither is labelled
-        do not count: the rover's parts look alike."""
-        shared = np.zeros(len(others), int)
+    def share_object(self, one: int, others: np.ndarray, whole: bool = False) -> np.ndarray:
+        """Return which of the others share an object with an image, bool (len(others),): points
+        that a turned link carries, or four links; the image is itself the object if whole."""
+        carried = np.zeros((len(others), POINTS), bool)
+        turned = np.zeros(len(others), bool)
+        for k, first, partners in self.matches(one, others):
+            if others[k] != one:
+                fits, turns = self.link(one, first, others[k], partners)
+                carried[k, first[fits]] = True
+                turned[k] |= turns
+        on_object = carried[turned].any(0) | (carried.sum(0) >= 4) | whole
+        return (carried & on_object).sum(1) >= MATCHES
+
+    def matches(self, one: int, others: np.ndarray):
+        """Yield (index into others, points of one, their partners) wherever an image, or its mirror
+        image, has points that are like another's. Pairs of points of which neither is labelled do
+        not count: the rover's parts look alike."""
         own = self.descriptors[one]
         starts = range(0, len(others), 64)  # the likenesses of so many stay in the cache
         for start, descriptors in itertools.product(starts, (own, own[:, MIRRORED])):
             part = others[start:start + 64]
             likeness = self.descriptors[part] @ descriptors.T  # cosines (64, theirs, own)
+            # to whom of the others' points is an own point the likeliest, and the reverse?
             most, partner = likeness.max(1)
             back = likeness.argmax(2).gather(1, partner)
-            mutual = ((back == torch.arange(POINTS)) & (most > 0.85)).numpy()
-            partner = partner.numpy()
-            mutual &= self.labelled[one] | np.take_along_axis(self.labelled[part], partner, 1)
-            for k in np.flatnonzero(mutual.sum(1) >= LINKED):
-                first = np.flatnonzero(mutual[k])
-                count = self.count_carried(one, first, part[k], partner[k, first])
-                shared[start + k] = max(shared[start + k], count)
-        return shared
+            most, partner = most.numpy(), partner.numpy()
+            good = (back == torch.arange(POINTS)).numpy() & (most > ALIKE)
+            good &= self.labelled[one] | np.take_along_axis(self.labelled[part], partner, 1)
+            enough = (good.sum(1) >= MATCHES) & (np.where(good, most, 0).max(1) > SURE)
+            for k in np.flatnonzero(enough):
+                first = np.flatnonzero(good[k])
+                yield start + k, first, partner[k, first]
 
-    def count_carried(self, one: int, first: np.ndarray, other: int, second: np.ndarray) -> int:
-        """Return how many of an image's points one affine map carries to their partners."""
-        points = self.points[one, first], self.points[other, second]
-        warp, fits = cv2.estimateAffine2D(*points, ransacReprojThreshold=2, maxIters=100)
-        if warp is None or fits.sum() < LINKED:
-            return 0
-        long, short = np.linalg.svd(warp[:, :2], compute_uv=False)
-        fitting = [side[fits[:, 0] > 0] for side in points]
-        width = np.ptp(fitting, 1).max()
-        if long > 6 or short < 1 / 6 or long > 2.6 * short or width > min(80, 0.8 * self.width):
-            return 0  # stretched too much, or too wide, for an object: the same scene
+    def link(self, one: int, first: np.ndarray, other: int,
+             second: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Return which of an image's points one affine map carries to their partners, bool, none if
+        there is no link; and whether the map mirrors, turns or resizes, of five points or more."""
+        start, end = self.points[one, first], self.points[other, second]
+        warp, fits = cv2.estimateAffine2D(start, end, ransacReprojThreshold=2, maxIters=100)
+        fits = fits[:, 0] > 0
+        no_link = np.zeros_like(fits), False
+        if fits.sum() < MATCHES:
+            return no_link
+        start, end = start[fits], end[fits]
         # a blob has several features: of those in one square of 2×2 one counts
-        return min(len(np.unique(np.rint(side / 2), axis=0)) for side in fitting)
-
-
-def find_groups(shared: np.ndarray) -> np.ndarray:
-    """Return which images, bool (N,), are of a group of three or more that share points, int
-    (N, N): each is linked with at least two others, and surely with one."""
-    member = np.ones(len(shared), bool)
-    while True:
-        links = (shared[:, member] >= LINKED).sum(1)
-        stay = member & (links >= 2) & (shared[:, member].max(1, initial=0) >= SURE)
-        if np.array_equal(stay, member):
-            return member
-        member = stay
+        count = min(len(np.unique(np.rint(side / 2) @ (1, 1j))) for side in (start, end))
+        long, short = np.linalg.svd(warp[:, :2], compute_uv=False)
+        if count < MATCHES or long > 6 or short < 1 / 6 or long > 2.6 * short:
+            return no_link
+        large, small = self.small[one], self.small[other]
+        if long * short > 1:  # whichever is larger is shrunk to the other's size
+            large, small, end = small, large, start
+            warp, long, short = cv2.invertAffineTransform(warp), 1 / short, 1 / long
+        blurred = cv2.GaussianBlur(large, (0, 0), 0.01 + 0.5 * math.sqrt(1 / (long * short) - 1))
+        moved = cv2.warpAffine(np.float32(blurred), warp, small.shape[::-1], borderValue=-1)
+        area = cv2.fillConvexPoly(np.zeros_like(small), cv2.convexHull(np.int32(np.rint(end))), 1)
+        overlap = moved >= 0
+        there = (cv2.dilate(area, np.ones((7, 7))) > 0) & overlap
+        same_image = overlap.mean() > 0.5 and correlation(moved[overlap], small[overlap]) > 0.95
+        # the fewer the points, the better must the pixels agree
+        if same_image or correlation(moved[there], small[there]) < 0.9 - 0.075 * count:
+            return no_link
+        return fits, fits.sum() > MATCHES and np.abs(warp[:, :2] - np.eye(2)).max() > 0.5
 
 
 def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | None = None,
                   seed: int = 0, log=print, pmap=map) -> pd.DataFrame:
-    """Return the images to take out: `index` (ascending); `shared`, the most points they have in
-    common with another image or the template; and `autoencoder_error`.
+    """Return the images to take out: `index` (ascending); `links`, the exemplars that share an
+    object with each; and `autoencoder_error`.
 
     Args: images, masks, (N, H, W); template, uint8 (h, w) in the images' pixels: the first
-    outlier, in place of groups among the candidates.
+    exemplar, in place of those among the candidates.
     Raises: UserError if the template is larger than the images or has too few points.
     """
     if template is not None and (np.array(template.shape) > images.shape[1:]).any():
@@ -438,32 +450,36 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | 
     first = {}  # of equal images
     original = np.array([first.setdefault(image.tobytes(), i) for i, image in enumerate(images)])
     different = np.unique(original)
-    exemplars = np.zeros(0, int)
     if template is None:
-        features = Features.of(images, masks, pmap)
+        features = Features(images, masks, pmap)
         candidates = different[np.argsort(-error[different], kind="stable")[:CANDIDATES]]
-        shared = features.compare(candidates, candidates, pmap)
-        member = find_groups(shared)
+        new = np.zeros(0, int)
+        for part in np.split(candidates, range(64, len(candidates), 64)):
+            if len(new) < EXEMPLARS:
+                rows = pmap(lambda one: features.share_object(one, candidates), part)
+                new = np.append(new, part[[row.any() for row in rows]])[:EXEMPLARS]
     else:
-        features = Features.of([*images, template], [*masks, np.ones_like(template)], pmap)
-        points = features.labelled[-1].sum()
-        if points < SURE:
-            raise UserError(f"the template has {points} points of detail, {SURE} are needed: crop "
-                            "a picture to the object")
-        exemplars = np.append(exemplars, len(images))
-        shared = features.compare(exemplars, different, pmap)
-        member = shared[-1] >= SURE
-    new = np.flatnonzero(member[:len(images)])[:EXEMPLARS]
+        features = Features([*images, template], [*masks, np.ones_like(template)], pmap)
+        if features.labelled[-1].sum() < 2 * MATCHES:
+            raise UserError(f"the template has {features.labelled[-1].sum()} points of detail, "
+                            f"{2 * MATCHES} are needed: crop a picture to the object")
+        new = np.array([len(images)])
+    exemplars, links = np.zeros(0, int), np.zeros(len(images) + (template is not None), int)
+    rows, member = np.zeros((0, len(different)), bool), links > 0
     while len(new):
         exemplars = np.append(exemplars, new)
-        shared = np.maximum(shared, features.compare(new, different, pmap))
-        member |= (shared[exemplars] >= LINKED).sum(0) > 1
+        shared = pmap(lambda one: features.share_object(one, different, one == len(images)), new)
+        rows = np.vstack([rows, *shared])
+        links[different] = rows.sum(0)
+        links[len(images):] = 1  # the template
+        # an exemplar without a link from another is none; one link in 40 may be by chance
+        links[different] = rows[links[exemplars] > 0].sum(0)
+        member = links[:len(images)] > len(exemplars) / 40
         new = np.setdiff1d(np.flatnonzero(member), exemplars)[:EXEMPLARS - len(exemplars)]
     outliers = np.flatnonzero(member[original])
     if too_much(outliers, masks, log):
         outliers = outliers[:0]
-    shared = shared[original[outliers]].max(1, initial=0)
-    return pd.DataFrame({"index": outliers, "shared": shared,
+    return pd.DataFrame({"index": outliers, "links": links[original[outliers]],
                          "autoencoder_error": error[outliers]})
 
 

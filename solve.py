@@ -77,7 +77,7 @@ class Config:
     weight_decay: float = 1e-2
     cooldown: float = 0.4         # share of the epochs, the last, of falling rate; 0: by plateau
     # pairs of a rare class's factor and peak, of which the best out of fold is taken
-    thresholds: tuple = ((1.0, 0.8), (2.0, 0.8), (4.0, 0.8), (1.0, 0.0))
+    thresholds: tuple = ((1.0, 0.8), (2.0, 0.8), (4.0, 0.8))
     half_sized: float = 2 / 3     # of stage 1's epochs, the first ones, on images of half the side
     shuffle: int = 2              # side of the blocks of pixels that the network takes as one
     global_context: bool = True   # the bottleneck sees the mean of the whole image

@@ -49,7 +49,8 @@ def test_a_plan_is_counted_by_hand():
     on 750 images: 7.5 s, and 7.5 · 11 / 21 s on average where half-sized ones take 2/7 for two
     thirds; stage 2's costs 11.25 s, and a tenth as many are planned. Prediction:
     4 folds × 3 views (stage 1's with its mirror image) of 1,000 tiles at .3 of a training step's
-    price, and 5 ms for each fold's tile: 36 + 20 s, and 40 % more; two thirds are stage 1's. 19 of 20 epochs that there is time for are planned."""
+    price, and 5 ms for each fold's tile: 36 + 20 s, and 40 % more; two thirds are stage 1's. 19
+    of 20 epochs that there is time for are planned."""
     flags = ["--folds", "4", "--seeds", "1", "--width", "16"]
     same = dict(cores=1, speed=100.0, hours=1e4 / 3600, images=1000, shown=1.0, height=64, width=64,
                 area=1000.0, frames=False)
