@@ -285,7 +285,7 @@ def describe(data: Data) -> list[str]:
 
 MAX_SHARE = 0.3            # a cut that takes out more of the images is likelier wrong than they are
 CANDIDATES = 192           # the strangest images, compared with one another
-EXEMPLARS = 50             # outliers that all images are compared with, at most
+EXEMPLARS = 42             # outliers that all images are compared with, at most
 POINTS = 60                # of an image, the strongest
 MATCHES = 4                # points that a link carries, at least
 ALIKE, SURE = 0.85, 0.925  # cosine of matching descriptors, at least; of one match of a link
@@ -405,10 +405,10 @@ class Features:
         there is no link; and whether the map mirrors, turns or resizes, of five points or more."""
         start, end = self.points[one, first], self.points[other, second]
         warp, fits = cv2.estimateAffine2D(start, end, ransacReprojThreshold=2, maxIters=100)
-        fits = fits[:, 0] > 0
-        no_link = np.zeros_like(fits), False
-        if fits.sum() < MATCHES:
+        no_link = np.zeros(len(first), bool), False
+        if warp is None or fits.sum() < MATCHES:
             return no_link
+        fits = fits[:, 0] > 0
         start, end = start[fits], end[fits]
         # a blob has several features: of those in one square of 2×2 one counts
         count = min(len(np.unique(np.rint(side / 2) @ (1, 1j))) for side in (start, end))
@@ -454,8 +454,8 @@ def find_outliers(images: np.ndarray, masks: np.ndarray, template: np.ndarray | 
         features = Features(images, masks, pmap)
         candidates = different[np.argsort(-error[different], kind="stable")[:CANDIDATES]]
         new = np.zeros(0, int)
-        for part in np.split(candidates, range(64, len(candidates), 64)):
-            if len(new) < EXEMPLARS:
+        for part in (candidates[k::3] for k in range(3)):
+            if len(new) < EXEMPLARS:  # else these are enough
                 rows = pmap(lambda one: features.share_object(one, candidates), part)
                 new = np.append(new, part[[row.any() for row in rows]])[:EXEMPLARS]
     else:
